@@ -94,7 +94,7 @@ def store_error(name: str, op: str = "", path: str = "", tx_id: int = 0, detail:
 
 
 class HypervisorError(XenbusError):
-    """A grant or event-channel operation was refused. `name` is an errno name (EPERM, ENOENT, ENOSPC, ...)."""
+    """A grant or event-channel operation was refused. `name` is an errno name (EPERM, ENOENT, ...)."""
 
     def __init__(self, name: str, what: str) -> None:
         super().__init__(f"{what}: {name}")

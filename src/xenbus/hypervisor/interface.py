@@ -80,7 +80,7 @@ class GrantAlloc(Protocol):
         ...
 
     async def revoke(self, pages: GrantedPages) -> None:
-        """No new maps from now on; a page still mapped by the peer is reused after its last unmap. Idempotent."""
+        """No new maps from now on; a page the peer still maps is reused after its last unmap. Idempotent."""
         ...
 
 
