@@ -72,6 +72,21 @@ class CopyOp:
     to_remote: bool
 
 
+def check_copy(op: CopyOp) -> bool:
+    """Whether the bounds of `op` make sense and its local memory can take part."""
+    local = op.local
+    return (
+        op.offset >= 0
+        and op.length >= 0
+        and op.offset + op.length <= PAGE_SIZE
+        and local.format == "B"
+        and local.ndim == 1
+        and local.contiguous
+        and op.length <= local.nbytes
+        and (op.to_remote or not local.readonly)
+    )
+
+
 class GrantAlloc(Protocol):
     """Our pages for others (gntalloc). Refs are chosen by the implementation."""
 
@@ -185,4 +200,16 @@ class GuestLife(Protocol):
     async def start_info(self, store_handler: Callable[[], None]) -> StartInfo: ...
     async def suspend(self) -> SuspendResult:
         """Parks this domain until the toolstack resumes it, as itself or under a new domid."""
+        ...
+
+
+class DomainEvents(Protocol):
+    """What an embedded handle is told from outside. Callbacks are synchronous and run in the event loop."""
+
+    def on_domain_dead(self, callback: Callable[[int], None]) -> None:
+        """Another domain is gone (VIRQ_DOM_EXC), its grants and ports with it. Privileged handles only."""
+        ...
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """This handle is gone: nothing that it held exists any more, and the domain should exit."""
         ...
