@@ -35,8 +35,8 @@ class RingFull(UsageError):
 
 def ring_size(slot_size: int, nbytes: int) -> int:
     """Slots of `slot_size` bytes in a ring of `nbytes`, rounded down to a power of two (__RING_SIZE)."""
-    count = (nbytes - HEADER_SIZE) // slot_size
-    if slot_size <= 0 or count < 1:
+    count = (nbytes - HEADER_SIZE) // slot_size if slot_size > 0 else 0
+    if count < 1:
         raise UsageError(f"a ring of {nbytes} bytes has no room for a slot of {slot_size}")
     return 1 << (count.bit_length() - 1)
 
