@@ -1,0 +1,96 @@
+"""`unix:PATH`: a socket of the daemon, for an event loop and for a caller that blocks.
+
+Knows sockets only. `XENSTORED_RUNDIR/socket` is domain 0's.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+
+from xenbus.errors import LinkDown
+from xenbus.xenstore.transport import SOCKET_OUTSTANDING, register
+from xenbus.xenstore.transport._stream import READ_SIZE, StreamTransport
+
+_TIMEVAL = struct.Struct("@ll")
+
+
+class UnixTransport(StreamTransport):
+    """A connected stream socket, owned from now on; made non-blocking."""
+
+    def __init__(self, sock: socket.socket, peer: str = "") -> None:
+        sock.setblocking(False)
+        super().__init__(sock.fileno(), peer or f"xenstored at {_name(sock)}")
+        self._sock = sock
+
+    def _read_into(self, buffer: memoryview) -> int:
+        return self._sock.recv_into(buffer)
+
+    def _write(self, data: bytes | bytearray) -> int:
+        return self._sock.send(data)
+
+    def _close_fd(self) -> None:
+        self._sock.close()
+
+
+class UnixPipe:
+    """The same socket for a caller that blocks. The kernel keeps the time (SO_RCVTIMEO), so that waiting
+    for a reply is one system call and not a poll and a read."""
+
+    max_outstanding = SOCKET_OUTSTANDING
+
+    def __init__(self, sock: socket.socket, peer: str = "") -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._buffer = bytearray(READ_SIZE)
+        self._view = memoryview(self._buffer)
+        self._limits = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+        self.peer = peer or f"xenstored at {_name(sock)}"
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def _limit(self, option: int, timeout: float) -> None:
+        if timeout != self._limits[option]:
+            # Zero would mean for ever.
+            micros = max(1, int(timeout * 1e6))
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(micros, 1_000_000)))
+            self._limits[option] = timeout
+
+    def send(self, messages: Sequence[bytes], timeout: float) -> None:
+        self._limit(socket.SO_SNDTIMEO, timeout)
+        try:
+            self._sock.sendall(messages[0] if len(messages) == 1 else b"".join(messages))
+        except BlockingIOError:
+            raise TimeoutError(f"{self.peer} took nothing for {timeout:g} s") from None
+
+    def receive(self, timeout: float) -> bytes:
+        self._limit(socket.SO_RCVTIMEO, timeout)
+        try:
+            count = self._sock.recv_into(self._buffer)
+        except BlockingIOError:
+            raise TimeoutError(f"{self.peer} sent nothing for {timeout:g} s") from None
+        return bytes(self._view[:count])
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def dial(path: str) -> socket.socket:
+    """A connected socket. LinkDown, naming the path, if nobody listens there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except OSError as exc:
+        sock.close()
+        raise LinkDown(f"no store at {path}: {exc.strerror or exc}") from exc
+    return sock
+
+
+def _name(sock: socket.socket) -> str:
+    name = sock.getpeername()
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name or "a socket pair")
+
+
+register("unix", lambda path: UnixTransport(dial(path)), lambda path: UnixPipe(dial(path)))
