@@ -43,7 +43,7 @@ class Workers:
     async def close(self, seconds: float) -> bool:
         """Let what runs end, then let the threads go. False if something still ran after that time."""
         if self._running:
-            await asyncio.wait([asyncio.wrap_future(job) for job in self._running], timeout=seconds)
+            await asyncio.wait([asyncio.wrap_future(job) for job in list(self._running)], timeout=seconds)
         if self._running:
             return False
         if self._pool is not None:
