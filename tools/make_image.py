@@ -16,8 +16,15 @@ from pathlib import Path
 
 from xenbus.drivers.block import image
 
-BASE = "sparse_super,large_file,filetype,resize_inode,dir_index,ext_attr"
-EXT4 = "has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize"
+CONFIG = """[defaults]
+base_features = sparse_super,large_file,filetype,resize_inode,dir_index,ext_attr
+[fs_types]
+small = {
+}
+ext4 = {
+features = has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize
+}
+"""
 TIME = 1_600_000_000
 HOME = Path(image.__file__).parent
 
@@ -44,19 +51,19 @@ def make(work: Path) -> bytes:
     root.mkdir()
     names = fill(root)
     config = work / "mke2fs.conf"  # not the machine's own
-    config.write_text(f"[defaults]\nbase_features = {BASE}\n[fs_types]\nsmall = {\n}\next4 = {{\nfeatures = {EXT4}\n}}\n")
+    config.write_text(CONFIG)
     env = os.environ | {"E2FSPROGS_FAKE_TIME": str(TIME), "MKE2FS_CONFIG": str(config)}
     options = f"hash_seed={image.UUID},root_owner=0:0,lazy_itable_init=0,nodiscard"
     mke2fs = ["mke2fs", "-q", "-t", "ext4", "-b", "1024", "-I", "256", "-N", "64", "-J", "size=1", "-m", "0"]
     more = ["-L", image.LABEL, "-U", image.UUID, "-E", options, "-d", str(root), str(disk), "8M"]
-    subprocess.run([*mke2fs, *more], check=True, env=env)
+    subprocess.run([*mke2fs, *more], check=True, env=env, stdout=subprocess.DEVNULL)
     script = work / "script"
     times = ("atime", "ctime", "mtime", "crtime")
     nsec = [f"sif {name} {field}_extra 0\n" for name in names for field in times]
     sec = [f"sif {name} {field} @{TIME}\n" for name in names for field in times]
     script.write_text("".join(sec + nsec))
     subprocess.run(["debugfs", "-w", "-f", str(script), str(disk)], check=True, env=env, capture_output=True)
-    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, env=env)
+    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, env=env, capture_output=True)
     return disk.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The test disk that ships: a real ext4 filesystem of 8 MiB with a few files, 2 KB when compressed.
+"""The test disk that ships: a real ext4 filesystem of 8 MiB with a few files, a few KB when compressed.
 
 Knows its own contents and SHA-256. Knows nothing of storage or drivers. Made by tools/make_image.py.
 """
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from xenbus.errors import XenbusError
 
 SIZE = 8 << 20  # bytes
-SHA256 = "501bd90d5ad7afba4432196a3968c82b17746855b46a1e3f92143b324289094a"
+SHA256 = "4dfeb05232be84592bd90ff5131258b2d453507a69158a4d79ac08bbb6d72959"
 LABEL = "xenbus"
 UUID = "58656e42-7573-4ead-8d69-736b00000001"
 _PACKED = "disk.ext4.xz"
