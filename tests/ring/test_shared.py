@@ -247,7 +247,7 @@ def test_nothing_new_nothing_to_notify():
 
 
 # The hold-off, model-checked: every schedule of a producer and a consumer is walked, one shared access at a
-# time. The models are generators; that the real methods make the same accesses in the same order is tested below.
+# time. The models are generators; the tests after them hold the real methods to the same order of accesses.
 
 
 class Traced:
