@@ -1,0 +1,312 @@
+"""Control sockets: JSON lines over a unix socket of mode 0600, one request a line, replies by id.
+
+Used by the host (what a hypervisor's domctl is) and by each domain (tree, sysctl, counters). Knows
+nothing of what its methods do. A line, a connection's requests in flight and their number are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+
+log = logging.getLogger(__name__)
+
+REQUEST_MAX = 1 << 20  # bytes of one request line
+REPLY_MAX = 64 << 20  # bytes of one reply line: a tree of 10 000 devices is a few MiB
+CONNECTIONS_MAX = 64
+IN_FLIGHT_MAX = 16
+SUN_PATH_MAX = 107  # sys/un.h: sun_path less its NUL
+
+# An error keeps its kind across the socket, so that the caller's exit code is right.
+_KINDS: dict[str, type[XenbusError]] = {"UsageError": UsageError, "PeerError": PeerError}
+
+
+class RemoteError(XenbusError):
+    """The other end of a control socket refused or failed; `kind` is the exception's name there."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Call:
+    """One request as its method sees it: parameters by name, a way to tell progress, the caller's life."""
+
+    __slots__ = ("_connection", "_id", "params")
+
+    def __init__(self, connection: _Connection, call_id: object, params: dict[str, Any]) -> None:
+        self._connection = connection
+        self._id = call_id
+        self.params = params
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._typed(key, str, default)
+
+    def number(self, key: str, default: int | None = None) -> int:
+        return self._typed(key, int, default)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return self._typed(key, bool, default)
+
+    def seconds(self, key: str, default: float) -> float:
+        value = self.params.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6:
+            raise UsageError(f"{key}: seconds wanted, got {value!r}")
+        return float(value)
+
+    def _typed(self, key: str, kind: type[Any], default: Any) -> Any:
+        value = self.params.get(key, default)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UsageError(f"{key}: {kind.__name__} wanted, got {value!r}")
+        return value
+
+    async def progress(self, value: object) -> None:
+        """Sent at once, before the reply; waits while the caller does not read."""
+        await self._connection.send({"id": self._id, "progress": value})
+
+    def on_gone(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Run `action` when this connection ends: what a call left open lives no longer than its caller."""
+        self._connection.goodbyes.append(action)
+
+
+Method = Callable[[Call], Awaitable[object]]
+
+
+def check_socket_path(path: Path) -> Path:
+    """UsageError if the kernel could not bind a socket there (sun_path holds 107 bytes)."""
+    if len(os.fsencode(path)) > SUN_PATH_MAX:
+        raise UsageError(f"{path}: a socket's path has at most {SUN_PATH_MAX} bytes; choose a shorter --dir")
+    return path
+
+
+class RpcServer:
+    """Serves a table of methods. `await serve(path)`, then `await close()`."""
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        self.methods = methods
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self._path: Path | None = None
+
+    async def serve(self, path: Path) -> None:
+        check_socket_path(path)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._accept, path, limit=REQUEST_MAX)
+        finally:
+            os.umask(before)
+        self._path = path
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= CONNECTIONS_MAX:
+            log.warning("control socket: more than %d connections, one refused", CONNECTIONS_MAX)
+            writer.close()
+            return
+        connection = _Connection(self.methods, reader, writer)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    async def close(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._connections):
+            connection.writer.close()
+        await asyncio.gather(*(c.finished.wait() for c in list(self._connections)))
+        self._server = None
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+
+class _Connection:
+    def __init__(
+        self, methods: Mapping[str, Method], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.methods = methods
+        self.reader = reader
+        self.writer = writer
+        self.goodbyes: list[Callable[[], Awaitable[None]]] = []
+        self.finished = asyncio.Event()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._places = asyncio.Semaphore(IN_FLIGHT_MAX)
+
+    async def run(self) -> None:
+        try:
+            while line := await self.reader.readline():
+                await self._places.acquire()
+                task = asyncio.create_task(self._answer(line))
+                self._calls.add(task)
+                task.add_done_callback(self._done)
+        except (ConnectionError, ValueError) as error:  # ValueError: a line over REQUEST_MAX
+            log.warning("control socket: connection dropped: %s", error)
+        finally:
+            for task in list(self._calls):
+                task.cancel()
+            await asyncio.gather(*self._calls, return_exceptions=True)
+            for action in reversed(self.goodbyes):
+                try:
+                    await action()
+                except Exception:
+                    log.exception("control socket: clean-up after a caller failed")
+            self.writer.close()
+            with contextlib.suppress(ConnectionError):
+                await self.writer.wait_closed()
+            self.finished.set()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._calls.discard(task)
+        self._places.release()
+
+    async def send(self, message: dict[str, object]) -> None:
+        self.writer.write(json.dumps(message).encode() + b"\n")
+        await self.writer.drain()
+
+    async def _answer(self, line: bytes) -> None:
+        call_id: object = None
+        reply: dict[str, object]
+        try:
+            call_id, method, params = _parse(line)
+            if method not in self.methods:
+                raise UsageError(f"no such method: {method}")
+            reply = {"id": call_id, "result": await self.methods[method](Call(self, call_id, params))}
+        except XenbusError as error:
+            kind = error.kind if isinstance(error, RemoteError) else type(error).__name__
+            reply = {"id": call_id, "error": {"kind": kind, "message": str(error)}}
+        except Exception as error:
+            log.exception("control socket: a method failed")
+            reply = {
+                "id": call_id,
+                "error": {"kind": "Internal", "message": f"{type(error).__name__}: {error}"},
+            }
+        with contextlib.suppress(ConnectionError):
+            await self.send(reply)
+
+
+def _parse(line: bytes) -> tuple[object, str, dict[str, Any]]:
+    try:
+        message = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise UsageError("a request is an object")
+    params = message.get("params", {})
+    if not isinstance(params, dict):
+        raise UsageError("params: an object wanted")
+    return message.get("id"), str(message.get("method", "")), params
+
+
+class RpcClient:
+    """The calling side. `await RpcClient.connect(path)`, `await client.call("tree", timeout=5)`."""
+
+    def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.path = path
+        self._reader = reader
+        self._writer = writer
+        self._next = 0
+        self._waiting: dict[int, tuple[asyncio.Future[Any], Callable[[Any], None] | None]] = {}
+        self._task = asyncio.create_task(self._receive())
+
+    @classmethod
+    async def connect(cls, path: Path) -> RpcClient:
+        """LinkDown if nobody serves there."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(check_socket_path(path), limit=REPLY_MAX)
+        except PermissionError as error:
+            raise LinkDown(f"{path}: {error.strerror}: this socket is another user's") from None
+        except OSError as error:
+            raise LinkDown(
+                f"{path}: nobody answers there ({error.strerror}); is `xenbus up` running?"
+            ) from None
+        return cls(path, reader, writer)
+
+    async def call(
+        self,
+        method: str,
+        *,
+        timeout: float = 30.0,
+        progress: Callable[[Any], None] | None = None,
+        **params: object,
+    ) -> Any:
+        """The method's result. RemoteError (or its own kind), LinkDown, DeadlineError after `timeout` s."""
+        if self._task.done():
+            raise LinkDown(f"{self.path}: the connection is closed")
+        self._next += 1
+        call_id = self._next
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = (future, progress)
+        try:
+            line = json.dumps({"id": call_id, "method": method, "params": params}).encode() + b"\n"
+            if len(line) > REQUEST_MAX:
+                raise UsageError(f"{method}: a request has at most {REQUEST_MAX} bytes")
+            self._writer.write(line)
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError:
+            if future.done() and not future.cancelled():
+                raise
+            raise DeadlineError(f"the answer to {method}", str(self.path), timeout) from None
+        finally:
+            self._waiting.pop(call_id, None)
+
+    async def _receive(self) -> None:
+        reason = "closed by the other end"
+        try:
+            while line := await self._reader.readline():
+                self._dispatch(json.loads(line))
+        except (ConnectionError, ValueError) as error:
+            reason = str(error)
+        finally:
+            for future, _ in self._waiting.values():
+                if not future.done():
+                    future.set_exception(LinkDown(f"{self.path}: {reason}"))
+            self._writer.close()
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        future, progress = self._waiting.get(message.get("id", 0), (None, None))
+        if future is None or future.done():
+            return
+        if "progress" in message:
+            if progress is not None:
+                progress(message["progress"])
+        elif "error" in message:
+            future.set_exception(_remote(message["error"]))
+        else:
+            future.set_result(message.get("result"))
+
+    async def close(self) -> None:
+        self._writer.close()
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    async def __aenter__(self) -> RpcClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _remote(error: dict[str, str]) -> XenbusError:
+    kind, message = error.get("kind", ""), error.get("message", "")
+    if kind in _KINDS:
+        return _KINDS[kind](message)
+    return RemoteError(kind, message)
+
+
+def is_missing(error: XenbusError) -> bool:
+    """Whether an error, ours or one that came over a control socket, says "not there"."""
+    return isinstance(error, NoEntry) or getattr(error, "kind", "") in {"NoEntry", "NotFound"}
