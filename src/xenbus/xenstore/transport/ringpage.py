@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum, IntFlag
+from time import monotonic
 
 from xenbus.errors import LinkDown, PeerError, XenbusError
 from xenbus.ring import fence
@@ -21,6 +22,8 @@ from xenbus.xenstore.transport import GUEST_OUTSTANDING, Receiver
 FEATURES, CONNECTION, ERROR, EVTCHN_PORT = 2064, 2068, 2072, 2076
 # Without a fence of our own (ring.fence.FENCED) a kick may be missed: look again this often, seconds.
 POLL_INTERVAL = 0.01
+# What a blocking end takes in while the store has no room for what it sends, bytes.
+INBOX_LIMIT = 1 << 20
 # Ring passes one wake-up may make before others get their turn.
 PASSES = 64
 
@@ -134,6 +137,23 @@ class RingPage:
         self._words.release()
 
 
+def stopped(page: RingPage, peer: str) -> LinkDown | None:
+    """What the store says in the error word, if it says that it stopped the connection."""
+    error = page.error
+    if not error or not page.features & Feature.ERROR:
+        return None
+    name = RingFault(error).name if error in RingFault._value2member_map_ else "unknown"
+    return LinkDown(f"{peer} stopped the connection: error {error} ({name})")
+
+
+def ask_reconnect(page: RingPage) -> bool:
+    """Guest's end: asks for a fresh start if the store offers it; whether the other end must be notified."""
+    if page.connection or not page.features & Feature.RECONNECTION:
+        return False
+    page.connection = ConnectionWord.RECONNECT
+    return True
+
+
 class RingTransport:
     """One end as a `Transport`. Its owner calls `on_event` from the event channel's handler.
 
@@ -183,11 +203,9 @@ class RingTransport:
         return self._backlog
 
     def _begin(self, reconnect: bool) -> None:
-        page = self.page
-        if reconnect and page.features & Feature.RECONNECTION and not page.connection:
-            page.connection = ConnectionWord.RECONNECT
+        if reconnect and ask_reconnect(self.page):
             self._kick()
-        self._reconnecting = bool(page.connection)
+        self._reconnecting = not self._closed and bool(self.page.connection)
 
     # ---- Transport ----
 
@@ -277,9 +295,8 @@ class RingTransport:
             if page.connection:
                 return False
             self._reconnecting = False
-            if page.features & Feature.ERROR and (error := page.error):
-                name = RingFault(error).name if error in RingFault._value2member_map_ else "unknown"
-                self._lost(LinkDown(f"{self.peer} stopped the connection: error {error} ({name})"))
+            if down := stopped(page, self.peer):
+                self._lost(down)
                 return False
         elif page.connection == ConnectionWord.RECONNECT and page.features & Feature.RECONNECTION:
             self._out.clear()
@@ -341,3 +358,88 @@ class RingTransport:
         receiver, self._receiver = self._receiver, None
         if receiver is not None and self._loop is not None:
             self._loop.call_soon(receiver.connection_lost, exc)
+
+
+class RingPipe:
+    """The guest's end for a caller that blocks.
+
+    wait: `wait(seconds)` returns when the channel was kicked, or after `seconds`; early is fine
+    reconnect: as for `RingTransport`
+    """
+
+    max_outstanding = GUEST_OUTSTANDING
+
+    def __init__(
+        self,
+        view: memoryview,
+        notify: Callable[[], None],
+        wait: Callable[[float], object],
+        peer: str,
+        *,
+        reconnect: bool = False,
+    ) -> None:
+        self.peer = peer
+        self.page = RingPage(view, Side.GUEST)
+        self._notify = notify
+        self._wait = wait
+        self._inbox = bytearray()
+        if reconnect and ask_reconnect(self.page):
+            notify()
+
+    def _up(self) -> bool:
+        """Whether the rings may be touched. LinkDown if the connection is over."""
+        if self.page.released:
+            raise LinkDown("the connection was closed here")
+        if self.page.connection:
+            return False
+        if down := stopped(self.page, self.peer):
+            raise down
+        return True
+
+    def _pause(self, until: float, what: str) -> None:
+        left = until - monotonic()
+        if left <= 0:
+            raise TimeoutError(f"{self.peer} {what}")
+        self._wait(left if fence.FENCED else min(left, POLL_INTERVAL))
+
+    def _take(self) -> None:
+        try:
+            data = self.page.read()
+        except RingError as exc:
+            raise LinkDown(f"{self.peer}: {exc}") from exc
+        if data:
+            self._inbox += data
+            self._notify()
+
+    def send(self, messages: Sequence[bytes], timeout: float) -> None:
+        data = memoryview(b"".join(messages))
+        until = monotonic() + timeout
+        while data:
+            taken = 0
+            if self._up():
+                try:
+                    taken = self.page.write(data)
+                except RingError as exc:
+                    raise LinkDown(f"{self.peer}: {exc}") from exc
+                if not taken and len(self._inbox) < INBOX_LIMIT:
+                    # The store may wait for room in the other ring before it makes any in this one.
+                    self._take()
+            if taken:
+                data = data[taken:]
+                self._notify()
+            else:
+                self._pause(until, f"took nothing for {timeout:g} s")
+
+    def receive(self, timeout: float) -> bytes:
+        until = monotonic() + timeout
+        while True:
+            if self._up():
+                self._take()
+            if self._inbox:
+                data = bytes(self._inbox)
+                self._inbox.clear()
+                return data
+            self._pause(until, f"sent nothing for {timeout:g} s")
+
+    def close(self) -> None:
+        self.page.release()

@@ -1,0 +1,162 @@
+"""`recording:FILE,ADDRESS`: any other transport, with every message written to a file as it passes.
+
+Knows the message's frame and nothing of its meaning. One JSON object a line, so that people and `jq` can
+read it; `replay.py` plays it back. The file holds what the store held: treat it as such (mode 0600).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TextIO
+
+from xenbus.errors import UsageError
+from xenbus.xenstore.transport import Receiver, Transport, register, resolve
+from xenbus.xenstore.wire.message import Message, Op, Parser, ProtocolError, op_name
+
+# Bytes of file after which recording stops (the connection goes on).
+FILE_LIMIT = 256 << 20
+# A recording shows what passed; what was too long for the protocol is for the client to judge.
+_PAYLOAD_LIMIT = 16 << 20
+
+
+@dataclass(slots=True, frozen=True)
+class Record:
+    """One message. `seconds` since the recording began; `outgoing`: from the client to the store."""
+
+    seconds: float
+    outgoing: bool
+    message: Message
+
+    def encode(self) -> str:
+        message = self.message
+        return json.dumps(
+            {
+                "seconds": round(self.seconds, 6),
+                "to": "store" if self.outgoing else "client",
+                "op": op_name(message.op),
+                "req_id": message.req_id,
+                "tx_id": message.tx_id,
+                # One character a byte.
+                "payload": message.payload.decode("latin-1"),
+            }
+        )
+
+    @classmethod
+    def decode(cls, line: str) -> Record:
+        """UsageError for a line that no recording has."""
+        try:
+            entry = json.loads(line)
+            op = Op[entry["op"]] if not entry["op"].isdecimal() else int(entry["op"])
+            payload = entry["payload"].encode("latin-1")
+            message = Message(op, int(entry["req_id"]), int(entry["tx_id"]), payload)
+            return cls(float(entry["seconds"]), entry["to"] == "store", message)
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise UsageError(f"no line of a recording: {line[:80]!r} ({exc!r})") from exc
+
+
+def read_recording(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records in order. UsageError for a line that is none; OSError if the file cannot be read."""
+    with Path(path).open(encoding="ascii") as file:
+        for line in file:
+            yield Record.decode(line)
+
+
+class _Tape:
+    """The file, with a parser for each direction."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._file: TextIO | None = os.fdopen(fd, "w", encoding="ascii")
+        self._began = monotonic()
+        self._left = FILE_LIMIT
+        self._parsers = {True: Parser(_PAYLOAD_LIMIT), False: Parser(_PAYLOAD_LIMIT)}
+
+    def put(self, outgoing: bool, data: bytes | memoryview) -> None:
+        if self._file is None:
+            return
+        try:
+            messages = self._parsers[outgoing].feed(data)
+        except ProtocolError as exc:
+            messages = exc.messages
+        seconds = monotonic() - self._began
+        for message in messages:
+            line = Record(seconds, outgoing, message).encode() + "\n"
+            self._left -= len(line)
+            if self._left < 0:
+                self.close()
+                return
+            self._file.write(line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class RecordingTransport:
+    """A transport around another; the file is complete once the connection is closed or lost."""
+
+    def __init__(self, inner: Transport, path: str | os.PathLike[str]) -> None:
+        self._inner = inner
+        self._tape = _Tape(path)
+        self._receiver: Receiver | None = None
+
+    @property
+    def peer(self) -> str:
+        return self._inner.peer
+
+    @property
+    def max_outstanding(self) -> int:
+        return self._inner.max_outstanding
+
+    @property
+    def backlog(self) -> int:
+        return self._inner.backlog
+
+    def start(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._inner.start(self)
+
+    def send(self, messages: Sequence[bytes]) -> None:
+        for message in messages:
+            self._tape.put(True, message)
+        self._inner.send(messages)
+
+    def pause(self, paused: bool) -> None:
+        self._inner.pause(paused)
+
+    def close(self) -> None:
+        self._inner.close()
+        self._tape.close()
+
+    # ---- Receiver ----
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        assert self._receiver is not None
+        self._tape.put(False, data)
+        self._receiver.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert self._receiver is not None
+        self._tape.close()
+        self._receiver.connection_lost(exc)
+
+    def drained(self) -> None:
+        assert self._receiver is not None
+        self._receiver.drained()
+
+
+def _connect(rest: str) -> RecordingTransport:
+    path, comma, address = rest.partition(",")
+    if not (path and comma and address):
+        raise UsageError(f"recording:{rest}: expected recording:FILE,ADDRESS")
+    scheme, inner = resolve(address)
+    return RecordingTransport(scheme.connect(inner), path)
+
+
+register("recording", _connect)
