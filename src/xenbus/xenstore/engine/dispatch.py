@@ -1,0 +1,75 @@
+"""What an operation's handler looks like, how it refuses, and what the engine asks of its daemon. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from xenbus.xenstore.wire import Message
+
+if TYPE_CHECKING:
+    from xenbus.xenstore.engine.connection import Connection
+    from xenbus.xenstore.engine.engine import Engine
+    from xenbus.xenstore.engine.transactions import Transaction
+
+# Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE).
+Handler = Callable[["Engine", "Connection", Message, "Transaction | None"], bytes | None]
+
+
+class Fail(Exception):
+    """A request is refused: `name` goes out as an ERROR."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Hooks(Protocol):
+    """The side effects that need I/O. The engine works without: INTRODUCE is then book-keeping alone."""
+
+    def introduce(self, domid: int, gfn: int, port: int, done: Callable[[str | None], None]) -> None:
+        """Map the domain's ring and bind its channel (again, if it was introduced already), then call
+        `done` once: with None, or with the errno name of what went wrong."""
+        ...
+
+    def release(self, domid: int) -> None:
+        """The domain is no longer served: its ring and channel are given back."""
+        ...
+
+    def domain_exists(self, domid: int) -> bool:
+        """Whether a domain that was never introduced may own nodes and be named in permissions."""
+        ...
+
+    def log(self, text: str) -> None:
+        """A line for people: CONTROL print, log, quota warnings."""
+        ...
+
+    def write_report(self, name: str, text: str) -> bool:
+        """CONTROL memreport <file>; False if the file cannot be written."""
+        ...
+
+
+def one_word(payload: bytes) -> bytes:
+    """The payload's only word (onearg in xenstored): exactly one NUL, at the end."""
+    if payload.find(b"\0") != len(payload) - 1 or not payload:
+        raise Fail("EINVAL")
+    return payload[:-1]
+
+
+def words_of(payload: bytes) -> list[bytes]:
+    """All NUL-terminated words; what follows the last NUL is not looked at (get_strings in xenstored)."""
+    return payload.split(b"\0")[:-1]
+
+
+def number_of(word: bytes, highest: int = 0xFFFF_FFFF) -> int:
+    """A decimal number; EINVAL otherwise."""
+    if not word.isdigit() or len(word) > 10:
+        raise Fail("EINVAL")
+    value = int(word)
+    if value > highest:
+        raise Fail("EINVAL")
+    return value
+
+
+def domid_of(word: bytes) -> int:
+    return number_of(word, 0xFFFF)

@@ -1,0 +1,221 @@
+"""Operations on domains: INTRODUCE, RELEASE, RESUME, SET_TARGET, paths, features, quotas. Pure.
+
+Follows domain.c of xenstored; mapping and binding are the daemon's (Hooks).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenbus.errors import UsageError
+from xenbus.xenstore.engine import nodes
+from xenbus.xenstore.engine.connection import FEATURES, Connection, Domain
+from xenbus.xenstore.engine.dispatch import Fail, Handler, domid_of, number_of, one_word, words_of
+from xenbus.xenstore.engine.quotas import QUOTAS
+from xenbus.xenstore.engine.transactions import Transaction
+from xenbus.xenstore.engine.tree import Perms
+from xenbus.xenstore.wire import OK, Message, Op
+
+if TYPE_CHECKING:
+    from xenbus.xenstore.engine.engine import Engine
+
+# xen/include/public/xen.h
+DOMID_FIRST_RESERVED = 0x7FF0
+DOMID_SELF = 0x7FF0
+_SPECIAL = (b"@introduceDomain", b"@releaseDomain")
+_NOBODY: Perms = ((0, 0),)
+
+
+def introduce(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
+    words = words_of(message.payload)
+    if len(words) < 3:
+        raise Fail("EINVAL")
+    domid, port = domid_of(words[0]), number_of(words[2])
+    if not 0 < domid < DOMID_FIRST_RESERVED or not port:
+        raise Fail("EINVAL")
+    # Signed decimal by the protocol, and not looked at: grant 1 is the ring.
+    gfn = words[1].removeprefix(b"-")
+    if not gfn.isdigit():
+        raise Fail("EINVAL")
+    if engine.hooks is None:
+        engine.introduced(domid)
+        return OK
+
+    def done(error: str | None) -> None:
+        if error is not None:
+            engine.fail(conn, message, error)
+            return
+        engine.introduced(domid)
+        engine.reply(conn, message, OK)
+
+    engine.hooks.introduce(domid, int(gfn), port, done)
+    return None
+
+
+def _introduced(engine: Engine, payload: bytes) -> Domain:
+    """The guest that a request names; EINVAL for domain 0, ENOENT unless introduced (onearg_domain)."""
+    domid = domid_of(one_word(payload))
+    if domid == 0:
+        raise Fail("EINVAL")
+    return _connected(engine, domid)
+
+
+def _connected(engine: Engine, domid: int) -> Domain:
+    domain = engine.domains.get(domid)
+    if domain is None or not domain.introduced:
+        raise Fail("ENOENT")
+    return domain
+
+
+def release(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    domain = _introduced(engine, message.payload)
+    if engine.hooks is not None:
+        engine.hooks.release(domain.domid)
+    engine.domain_died(domain.domid)
+    return OK
+
+
+def resume(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    _introduced(engine, message.payload).shutdown = False
+    return OK
+
+
+def get_domain_path(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    return b"/local/domain/%d\0" % domid_of(one_word(message.payload))
+
+
+def is_introduced(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    domid = domid_of(one_word(message.payload))
+    domain = engine.domains.get(domid)
+    return b"T\0" if domid == DOMID_SELF or (domain is not None and domain.introduced) else b"F\0"
+
+
+def set_target(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if len(words) < 2:
+        raise Fail("EINVAL")
+    domid, target = domid_of(words[0]), domid_of(words[1])
+    domain = _connected(engine, domid)
+    engine.set_target(domain, _connected(engine, target).domid)
+    return OK
+
+
+def forget(engine: Engine, domid: int) -> None:
+    """Nothing of a dead domain stays: its nodes go with their children, its entries leave other lists
+    (domain_tree_remove)."""
+    verdicts: dict[Perms, int] = {}
+    owned: list[bytes] = []
+    listed: list[bytes] = []
+    for path, node in engine.nodes.items():
+        perms = node.perms
+        verdict = verdicts.get(perms)
+        if verdict is None:
+            verdict = _verdict(perms, domid)
+            verdicts[perms] = verdict
+        if verdict == 2:
+            owned.append(path)
+        elif verdict:
+            listed.append(path)
+    for path in listed:
+        node = engine.nodes[path]
+        kept = tuple(entry for entry in node.perms if entry[1] != domid)
+        nodes.set_node_perms(engine, None, path, node, kept)
+    owned.sort(key=len)
+    for path in owned:
+        node_left = engine.nodes.get(path)
+        if node_left is None:
+            continue
+        if path in _SPECIAL or path == b"/":
+            nodes.set_node_perms(engine, None, path, node_left, _NOBODY)
+        else:
+            nodes.remove_tree(engine, None, None, path)
+
+
+def _verdict(perms: Perms, domid: int) -> int:
+    if perms[0][1] == domid:
+        return 2
+    return int(any(entry[1] == domid for entry in perms))
+
+
+# ---- features and quotas ----
+
+
+def _existing(engine: Engine, domid: int) -> Domain:
+    if not engine.exists(domid):
+        raise Fail("ENOENT")
+    return engine.domain(domid)
+
+
+def get_feature(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if not words or words == [b""]:
+        return b"%d\0" % engine.features_of(conn)
+    if conn.guest:
+        raise Fail("EACCES")
+    if len(words) > 1:
+        raise Fail("EINVAL")
+    return b"%d\0" % _existing(engine, domid_of(words[0])).features
+
+
+def set_feature(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if len(words) != 2:
+        raise Fail("EINVAL")
+    domain, features = _existing(engine, domid_of(words[0])), number_of(words[1])
+    if domain.introduced:
+        raise Fail("EBUSY")
+    if features & ~FEATURES:
+        raise Fail("EINVAL")
+    domain.features = features
+    return OK
+
+
+def get_quota(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if not words or words == [b""]:
+        return " ".join(QUOTAS).encode() + b"\0"
+    if len(words) > 2:
+        raise Fail("EINVAL")
+    quotas = engine.quotas if len(words) == 1 else _existing(engine, domid_of(words[0])).quotas
+    try:
+        return b"%d\0" % quotas.get(words[-1].decode("ascii", "replace"))
+    except UsageError:
+        raise Fail("EINVAL") from None
+
+
+def set_quota(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if len(words) not in (2, 3):
+        raise Fail("EINVAL")
+    quotas = engine.quotas if len(words) == 2 else _existing(engine, domid_of(words[0])).quotas
+    try:
+        quotas.set(words[-2].decode("ascii", "replace"), number_of(words[-1]))
+    except UsageError:
+        raise Fail("EINVAL") from None
+    return OK
+
+
+HANDLERS: dict[int, Handler] = {
+    Op.INTRODUCE: introduce,
+    Op.RELEASE: release,
+    Op.RESUME: resume,
+    Op.GET_DOMAIN_PATH: get_domain_path,
+    Op.IS_DOMAIN_INTRODUCED: is_introduced,
+    Op.SET_TARGET: set_target,
+    Op.GET_FEATURE: get_feature,
+    Op.SET_FEATURE: set_feature,
+    Op.GET_QUOTA: get_quota,
+    Op.SET_QUOTA: set_quota,
+}
+
+DOM0_ONLY = (
+    Op.CONTROL,
+    Op.INTRODUCE,
+    Op.RELEASE,
+    Op.RESUME,
+    Op.IS_DOMAIN_INTRODUCED,
+    Op.SET_TARGET,
+    Op.SET_FEATURE,
+    Op.GET_QUOTA,
+    Op.SET_QUOTA,
+)

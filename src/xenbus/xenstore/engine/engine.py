@@ -1,0 +1,401 @@
+"""The store itself: `handle(connection, message)` changes the tree and queues what has to be said. Pure.
+
+Holds tree, domains, watches; the operations are in nodes.py, sessions.py, domains.py, control.py, and
+use the primitives below. No clock, no I/O: a daemon moves bytes and does what `Hooks` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xenbus.xenstore.engine import control, domains, nodes, sessions
+from xenbus.xenstore.engine.connection import FEATURES, QUEUE_LIMIT, Cause, Connection, Domain
+from xenbus.xenstore.engine.dispatch import Fail, Handler, Hooks
+from xenbus.xenstore.engine.quotas import Quotas
+from xenbus.xenstore.engine.transactions import Entry, Transaction
+from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
+from xenbus.xenstore.engine.watches import Watch, WatchIndex
+from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
+
+_pack = HEADER.pack
+_ERROR = int(Op.ERROR)
+_EVENT = int(Op.WATCH_EVENT)
+# A transaction id in their header is not looked at (XS_FLAG_NOTID).
+_IGNORES_TX = frozenset({int(Op.WATCH), int(Op.UNWATCH)})
+INTRODUCE_DOMAIN = b"@introduceDomain"
+RELEASE_DOMAIN = b"@releaseDomain"
+DOMID_FIRST_RESERVED = 0x7FF0
+
+
+def _unknown(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    raise Fail("ENOSYS")
+
+
+def _refused(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    raise Fail("EACCES")
+
+
+def _tables() -> tuple[list[Handler], list[Handler]]:
+    """Handlers by operation number: dom0's, and a guest's."""
+    dom0: list[Handler] = [_unknown] * (max(Op) + 1)
+    guest: list[Handler] = [_unknown] * (max(Op) + 1)
+    for room in (nodes, sessions, domains, control):
+        for op, handler in room.HANDLERS.items():
+            dom0[op] = guest[op] = handler
+    for op in domains.DOM0_ONLY:
+        guest[op] = _refused
+    return dom0, guest
+
+
+_DOM0_TABLE, _GUEST_TABLE = _tables()
+_OPS = len(_DOM0_TABLE)
+
+
+class Engine:
+    """The XenStore.
+
+    quotas: of a domain that has none of its own (SET_QUOTA without a domid changes them)
+    hooks:  side effects; None: INTRODUCE and RELEASE are book-keeping alone
+    nodes:  absolute path -> Node; read it, change nothing
+    """
+
+    def __init__(self, quotas: Quotas | None = None, hooks: Hooks | None = None) -> None:
+        self.quotas = quotas or Quotas()
+        self.hooks = hooks
+        self.generation = 0
+        self.deaths = 0
+        self.nodes: dict[bytes, Node] = {}
+        self.domains: dict[int, Domain] = {}
+        self.watches = WatchIndex()
+        self.maxima: dict[str, int] = {}
+        self.log_switches: dict[str, bool] = dict.fromkeys(control.LOG_SWITCHES, False)
+        self.logging = False
+        self._dirty: set[Connection] = set()
+        self._current: Connection | None = None
+        self._plant()
+
+    def _plant(self) -> None:
+        """What xenstored starts with (setup_structure)."""
+        self.domain(0).introduced = True
+        nobody: Perms = ((0, 0),)
+        for path in (b"/", b"/tool", b"/tool/xenstored", INTRODUCE_DOMAIN, RELEASE_DOMAIN):
+            self.put(None, path, Node(b"", nobody, 0))
+            if path[:1] == b"/" and path != b"/":
+                name = path[path.rindex(b"/") + 1 :]
+                self.nodes[parent_of(path)].add_child(name)
+                self.domain(0).memory += len(name) + 1
+
+    # ---- connections ----
+
+    def connect(self, domid: int, *, queue_limit: int = QUEUE_LIMIT) -> Connection:
+        """A client that speaks for `domid`; the caller knows that it may."""
+        domain = self.domain(domid)
+        conn = Connection(domain, _GUEST_TABLE if domid else _DOM0_TABLE, queue_limit)
+        domain.connections.add(conn)
+        self._set_ids(domain)
+        return conn
+
+    def disconnect(self, conn: Connection) -> None:
+        """Its watches and transactions go; whatever was queued is dropped. Idempotent."""
+        if conn.closed:
+            return
+        self.reset(conn)
+        conn.closed = True
+        conn.domain.connections.discard(conn)
+        self._dirty.discard(conn)
+
+    def reset(self, conn: Connection) -> None:
+        """As if it had just connected: no watch, no transaction, nothing queued."""
+        self.drop_session(conn)
+        conn.drop_queue()
+
+    def drop_session(self, conn: Connection) -> None:
+        """RESET_WATCHES: watches and transactions go, the queue stays."""
+        for watch in list(conn.watches.values()):
+            sessions.drop_watch(self, watch)
+        for tx in list(conn.transactions.values()):
+            self.end_transaction(conn, tx)
+
+    def take_dirty(self) -> set[Connection]:
+        """Connections that got something queued outside their own request, since the last call."""
+        dirty, self._dirty = self._dirty, set()
+        return dirty
+
+    # ---- requests ----
+
+    def handle(self, conn: Connection, message: Message) -> None:
+        """One request. Its reply and events are on `conn.out`, events for others on theirs (take_dirty)."""
+        op = message.op
+        try:
+            handler = conn.table[op] if op < _OPS else _unknown
+            tx_id = message.tx_id
+            if tx_id and op not in _IGNORES_TX:
+                tx = conn.transactions.get(tx_id)
+                if tx is None:
+                    raise Fail("ENOENT")
+            else:
+                tx = None
+            self._current = conn
+            payload = handler(self, conn, message, tx)
+            if payload is None:
+                return
+            length = len(payload)
+            if length > PAYLOAD_MAX:
+                raise Fail("E2BIG")
+            if self.logging:
+                self._trace(conn, message, "OK")
+        except Fail as fail:
+            self.fail(conn, message, fail.name)
+            return
+        finally:
+            conn.cause = self._current = None
+        data = _pack(op, message.req_id, message.tx_id, length) + payload
+        if conn.guest:
+            conn.put_reply(data)
+        else:
+            conn.out.append(data)
+            conn.queued += len(data)
+
+    def reply(self, conn: Connection, message: Message, payload: bytes) -> None:
+        """Queue the reply to `message` now."""
+        if not conn.closed:
+            conn.put_reply(_pack(message.op, message.req_id, message.tx_id, len(payload)) + payload)
+            self._dirty.add(conn)
+
+    def fail(self, conn: Connection, message: Message, name: str) -> None:
+        """Queue an ERROR as the reply to `message`."""
+        if self.logging:
+            self._trace(conn, message, name)
+        if not conn.closed:
+            payload = name.encode() + b"\0"
+            conn.put_reply(_pack(_ERROR, message.req_id, message.tx_id, len(payload)) + payload)
+            self._dirty.add(conn)
+
+    def _trace(self, conn: Connection, message: Message, result: str) -> None:
+        if self.hooks is not None and self.log_switches["io"]:
+            words = message.payload.replace(b"\0", b" ").decode("ascii", "backslashreplace")
+            self.hooks.log(f"d{conn.domid} {op_name(message.op)} tx {message.tx_id} ({words}) -> {result}")
+
+    # ---- the tree, seen through a transaction or not ----
+
+    def lookup(self, tx: Transaction | None, path: bytes) -> Node | None:
+        """The node, or None; a transaction remembers that it looked."""
+        if tx is None:
+            return self.nodes.get(path)
+        entry = tx.accessed.get(path)
+        if entry is None:
+            limit = tx.domain.quotas.transaction_nodes
+            if tx.domain.domid and limit and len(tx.accessed) >= limit:
+                tx.failed = True
+                raise Fail("ENOSPC")
+            entry = tx.accessed[path] = Entry(self.nodes.get(path))
+        return entry.node
+
+    def modify(self, tx: Transaction | None, path: bytes, node: Node) -> Node:
+        """The node to change: `node` itself, or a copy that took its place. It has a new generation."""
+        self.generation += 1
+        if tx is None:
+            if node.snaps:
+                node = self.nodes[path] = node.clone()
+        else:
+            entry = tx.accessed[path]
+            if not entry.modified:
+                entry.modified = True
+                node = entry.node = node.clone()
+                self._hold(tx, len(path) + node.size)
+        node.generation = self.generation
+        return node
+
+    def put(self, tx: Transaction | None, path: bytes, node: Node) -> None:
+        """A node that was not there before. The caller adds it to its parent."""
+        self.generation += 1
+        node.generation = self.generation
+        if tx is None:
+            self.nodes[path] = node
+            domain = self.domain(node.perms[0][1])
+            domain.nodes += 1
+            domain.memory += len(path) + node.size
+        else:
+            entry = tx.accessed[path]
+            entry.node = node
+            entry.modified = True
+            tx.created = True
+            tx.count(node.perms[0][1], 1)
+            self._hold(tx, len(path) + node.size)
+
+    def remove(self, tx: Transaction | None, path: bytes, node: Node) -> None:
+        """The node goes; the caller takes it out of its parent."""
+        self.generation += 1
+        if tx is None:
+            del self.nodes[path]
+            domain = self.domain(node.perms[0][1])
+            domain.nodes -= 1
+            domain.memory -= len(path) + node.size
+        else:
+            entry = tx.accessed[path]
+            entry.node = None
+            entry.modified = True
+            tx.count(node.perms[0][1], -1)
+
+    def _hold(self, tx: Transaction, size: int) -> None:
+        """Memory of an open transaction is its owner's, until the end."""
+        tx.memory += size
+        tx.domain.memory += size
+
+    def subtree(self, tx: Transaction | None, path: bytes) -> list[tuple[bytes, Node]]:
+        """The node and all below, children before parents, siblings in order."""
+        found: list[tuple[bytes, Node]] = []
+        stack = [path]
+        while stack:
+            here = stack.pop()
+            node = self.lookup(tx, here)
+            if node is None:
+                continue
+            found.append((here, node))
+            if node.children:
+                stack += [child_path(here, name) for name in node.children]
+        found.reverse()
+        return found
+
+    # ---- transactions ----
+
+    def end_transaction(self, conn: Connection, tx: Transaction) -> None:
+        """It is over, one way or the other; nothing is written."""
+        del conn.transactions[tx.tx_id]
+        conn.domain.transactions -= 1
+        tx.domain.memory -= tx.memory
+        tx.release()
+
+    # ---- events ----
+
+    def fire(
+        self,
+        source: Connection | None,
+        path: bytes,
+        perms: Perms | None,
+        old: Perms | None = None,
+        *,
+        exact: bool = False,
+    ) -> None:
+        """`path` changed. perms: of the node now (None: it is gone); old: before. exact: only watches on
+        the very path. Whoever may read the node, its parent, or might before, is told."""
+        index = self.watches
+        if not index.by_path:
+            return
+        watches: Iterable[Watch] = index.by_path.get(path, ()) if exact else index.matching(path)
+        for watch in watches:
+            conn = watch.conn
+            if conn.guest:
+                if not self._may_hear(conn, path, perms, old):
+                    continue
+            elif perms is None and old is None:
+                continue
+            self._send_event(source, conn, path[watch.prefix :], watch.token, True)
+
+    def _may_hear(self, conn: Connection, path: bytes, perms: Perms | None, old: Perms | None) -> bool:
+        if old is not None and access_of(old, conn.ids) & READ:
+            return True
+        if perms is None:
+            return False
+        if access_of(perms, conn.ids) & READ:
+            return True
+        parent = self.nodes.get(parent_of(path))
+        return parent is not None and access_of(parent.perms, conn.ids) & READ != 0
+
+    def fire_special(self, name: bytes, domid: int, *, plain: bool = True, named: bool = True) -> None:
+        """@introduceDomain or @releaseDomain for `domid`. plain: to watches without a depth; named: to those
+        that asked for the domid."""
+        perms = self.nodes[name].perms
+        for watch, path in self.watches.special(name, domid):
+            if not (plain if path == name else named):
+                continue
+            if watch.conn.guest and not self._may_hear(watch.conn, name, perms, None):
+                continue
+            self._send_event(None, watch.conn, path, watch.token, False)
+
+    def first_event(self, conn: Connection, path: bytes, token: bytes) -> None:
+        """A watch fires once when it is set, whatever may be read."""
+        self._send_event(None, conn, path, token, path[:1] != b"@")
+
+    def _send_event(
+        self, source: Connection | None, conn: Connection, path: bytes, token: bytes, once: bool
+    ) -> None:
+        length = len(path) + len(token) + 2
+        if length > PAYLOAD_MAX or conn.overflow:
+            return
+        cause = None
+        if source is not None and source.guest and source is not conn:
+            cause = source.cause
+            if cause is None:
+                cause = source.cause = Cause(source)
+        conn.put_event(_pack(_EVENT, 0, 0, length) + path + b"\0" + token + b"\0", cause, once=once)
+        if conn is not self._current:
+            self._dirty.add(conn)
+
+    # ---- domains ----
+
+    def domain(self, domid: int) -> Domain:
+        """What is known of a domain; it is made if nothing was."""
+        domain = self.domains.get(domid)
+        if domain is None:
+            domain = self.domains[domid] = Domain(domid, self.quotas.copy())
+        return domain
+
+    def exists(self, domid: int) -> bool:
+        """Whether it may own nodes: it was introduced, is connected, or the daemon knows of it."""
+        if domid in self.domains:
+            return True
+        return self.hooks is not None and domid < DOMID_FIRST_RESERVED and self.hooks.domain_exists(domid)
+
+    def _set_ids(self, domain: Domain) -> None:
+        ids = (domain.domid, 0x7FF5) if domain.target is None else (domain.domid, 0x7FF5, domain.target)
+        for conn in domain.connections:
+            conn.ids = ids
+
+    def set_target(self, domain: Domain, target: int | None) -> None:
+        """`domain` has the rights of `target` too."""
+        domain.target = target
+        self._set_ids(domain)
+
+    def introduced(self, domid: int) -> None:
+        """The domain is served from now on; @introduceDomain fires the first time."""
+        domain = self.domain(domid)
+        domain.shutdown = False
+        if not domain.introduced:
+            domain.introduced = True
+            self.fire_special(INTRODUCE_DOMAIN, domid)
+
+    def domain_shutdown(self, domid: int) -> None:
+        """It stopped but is not gone: @releaseDomain, once until RESUME."""
+        domain = self.domains.get(domid)
+        if domain is not None and domain.introduced and not domain.shutdown:
+            domain.shutdown = True
+            self.fire_special(RELEASE_DOMAIN, domid)
+
+    def domain_died(self, domid: int) -> None:
+        """The domain is gone (or released): its connections, watches, transactions and nodes go, its entries
+        leave other nodes' lists; @releaseDomain fires if it had been introduced. Idempotent."""
+        domain = self.domains.pop(domid, None)
+        if domain is None or not domid:
+            if domain is not None:
+                self.domains[0] = domain
+            return
+        for conn in list(domain.connections):
+            self.disconnect(conn)
+        for other in self.domains.values():
+            if other.target == domid:
+                self.set_target(other, None)
+        self.deaths += 1
+        domains.forget(self, domid)
+        self.domains.pop(domid, None)
+        if domain.introduced:
+            self.fire_special(RELEASE_DOMAIN, domid)
+
+    def features_of(self, conn: Connection) -> int:
+        return conn.domain.features if conn.guest else FEATURES
+
+    # ---- looking inside, for tests and CONTROL check ----
+
+    def check(self) -> list[str]:
+        """What is inconsistent, in words; empty if nothing is."""
+        return control.inconsistencies(self)

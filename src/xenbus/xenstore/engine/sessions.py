@@ -1,0 +1,162 @@
+"""Operations on what a client has open: watches and transactions. Pure.
+
+Follows watch.c and transaction.c of xenstored.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenbus.xenstore.engine.connection import FEATURE_WATCHDEPTH, Connection
+from xenbus.xenstore.engine.dispatch import Fail, Handler, number_of, one_word, words_of
+from xenbus.xenstore.engine.nodes import canonical
+from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Transaction
+from xenbus.xenstore.engine.tree import NO_GENERATION
+from xenbus.xenstore.engine.watches import Watch
+from xenbus.xenstore.wire import DOMID_ANY, OK, Message, Op
+
+if TYPE_CHECKING:
+    from xenbus.xenstore.engine.engine import Engine
+
+
+# ---- watches ----
+
+
+def watch(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> None:
+    words = words_of(message.payload)
+    depth = -1
+    if len(words) == 3 and engine.features_of(conn) & FEATURE_WATCHDEPTH:
+        if words[2]:
+            depth = number_of(words[2])
+    elif len(words) != 2:
+        raise Fail("EINVAL")
+    raw, token = words[0], words[1]
+    path = canonical(conn, raw, special=True)
+    prefix = len(path) - len(raw)
+    if (path, token) in conn.watches:
+        raise Fail("EEXIST")
+    domain = conn.domain
+    if conn.guest:
+        # 4.17 stops past the limit and says E2BIG.
+        if domain.watches > domain.quotas.watches > 0:
+            raise Fail("E2BIG")
+        if domain.memory + len(path) + len(token) > domain.quotas.memory > 0:
+            raise Fail("ENOMEM")
+    engine.watches.add(conn, path, token, depth, prefix)
+    domain.watches += 1
+    domain.memory += len(path) + len(token)
+    # The ack comes before the first event.
+    engine.reply(conn, message, OK)
+    engine.first_event(conn, raw, token)
+
+
+def drop_watch(engine: Engine, watch: Watch) -> None:
+    engine.watches.remove(watch)
+    domain = watch.conn.domain
+    domain.watches -= 1
+    domain.memory -= len(watch.path) + len(watch.token)
+
+
+def unwatch(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    words = words_of(message.payload)
+    if len(words) != 2:
+        raise Fail("EINVAL")
+    found = conn.watches.get((canonical(conn, words[0], special=True), words[1]))
+    if found is None:
+        raise Fail("ENOENT")
+    drop_watch(engine, found)
+    return OK
+
+
+def reset_watches(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    engine.drop_session(conn)
+    return OK
+
+
+# ---- transactions ----
+
+
+def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    if tx is not None:
+        raise Fail("EBUSY")
+    domain = conn.domain
+    # 4.17 stops past the limit.
+    if conn.guest and domain.transactions > domain.quotas.transactions > 0:
+        raise Fail("ENOSPC")
+    tx_id = conn.next_tx
+    while tx_id == 0 or tx_id in conn.transactions:
+        tx_id = (tx_id + 1) & 0xFFFF_FFFF
+    conn.next_tx = (tx_id + 1) & 0xFFFF_FFFF
+    conn.transactions[tx_id] = Transaction(tx_id, domain, engine.deaths)
+    domain.transactions += 1
+    return b"%d\0" % tx_id
+
+
+def end(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    answer = one_word(message.payload)
+    if answer not in (b"T", b"F"):
+        raise Fail("EINVAL")
+    if tx is None:
+        raise Fail("ENOENT")
+    engine.end_transaction(conn, tx)
+    if answer == b"F":
+        return OK
+    if tx.failed:
+        raise Fail("ENOMEM")
+    _check(engine, conn, tx)
+    _commit(engine, tx)
+    for path, entry in tx.accessed.items():
+        if entry.fire != FIRE_NOT:
+            perms = None if entry.node is None else entry.node.perms
+            engine.fire(conn, path, perms, entry.perms, exact=entry.fire == FIRE_EXACT)
+    return OK
+
+
+def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
+    """EAGAIN if a node it looked at is not as it was; ENOSPC past a node quota (acc_fix_domains)."""
+    if tx.created and conn.guest:
+        for domid, delta in tx.nodes.items():
+            domain = engine.domain(domid)
+            if domid and delta > 0 and domain.nodes + delta > domain.quotas.nodes > 0:
+                raise Fail("ENOSPC")
+    nodes = engine.nodes
+    for path, entry in tx.accessed.items():
+        node = nodes.get(path)
+        if (NO_GENERATION if node is None else node.generation) != entry.generation:
+            raise Fail("EAGAIN")
+    if tx.deaths != engine.deaths:
+        for entry in tx.accessed.values():
+            if entry.modified and entry.node is not None:
+                for access, domid in entry.node.perms:
+                    if access < 4 and domid != DOMID_ANY and not engine.exists(domid):
+                        raise Fail("EAGAIN")
+
+
+def _commit(engine: Engine, tx: Transaction) -> None:
+    nodes = engine.nodes
+    for path, entry in tx.accessed.items():
+        if not entry.modified:
+            continue
+        base, node = entry.base, entry.node
+        if base is not None:
+            engine.domain(base.perms[0][1]).memory -= len(path) + base.size
+        if node is None:
+            if base is not None:
+                engine.generation += 1
+                del nodes[path]
+            continue
+        engine.generation += 1
+        node.generation = engine.generation
+        nodes[path] = node
+        engine.domain(node.perms[0][1]).memory += len(path) + node.size
+    for domid, delta in tx.nodes.items():
+        engine.domain(domid).nodes += delta
+
+
+HANDLERS: dict[int, Handler] = {
+    Op.WATCH: watch,
+    Op.UNWATCH: unwatch,
+    Op.RESET_WATCHES: reset_watches,
+    Op.TRANSACTION_START: start,
+    Op.TRANSACTION_END: end,
+}
