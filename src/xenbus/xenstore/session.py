@@ -133,15 +133,13 @@ class Listing:
             self.restarts += 1
             return False
         self._generation = generation
-        if chunk in (b"", b"\0"):
-            return True
         self._names += chunk
         if len(self._names) > LISTING_CAP:
             raise PeerError(f"a list of children over {LISTING_CAP} bytes")
-        if self._names.endswith(b"\0\0"):
+        if self._names.endswith(b"\0\0") or self._names == b"\0":
             self._names = self._names[:-1]
             return True
-        return False
+        return not chunk
 
     def names(self) -> list[str]:
         result: list[str] = CODECS[Op.DIRECTORY].parse_reply(self._names)
