@@ -456,7 +456,9 @@ class Machine:
         domain = self._domains.pop(domid, None)
         if domain is None:
             return
-        self._parked.pop(domid, None)
+        parked = self._parked.pop(domid, None)
+        if parked is not None:
+            parked.set()
         domain.lost()
         self._tell_dead(domid)
 
@@ -484,9 +486,11 @@ class Machine:
         self._parked.setdefault(domid, asyncio.Event()).set()
 
     async def suspended(self, domid: int) -> None:
-        """Returns when the domain has parked itself. No deadline of its own: the caller sets one."""
-        self._known(domid)
+        """Returns when the domain has parked itself; LinkDown if it dies instead. Set a deadline."""
+        domain = self._known(domid)
         await self._parked.setdefault(domid, asyncio.Event()).wait()
+        if self._domains.get(domid) is not domain:
+            raise LinkDown(f"domain {domid} died before it suspended")
 
     def resume(self, domid: int, *, cancelled: bool | None = None, new_domid: int | None = None) -> None:
         """Lets a parked domain go on: as it was, or (new_domid) under a new id with nothing of what it held.
