@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def main() -> None:
     source = HOME / "__init__.py"
     sha = hashlib.sha256(data).hexdigest()
     source.write_text(re.sub(r'SHA256 = ".*"', f'SHA256 = "{sha}"', source.read_text()))
-    print(f"{len(data)} bytes, {len(packed)} packed, SHA-256 {sha}")
+    sys.stdout.write(f"{len(data)} bytes, {len(packed)} packed, SHA-256 {sha}\n")
 
 
 if __name__ == "__main__":
