@@ -1,0 +1,145 @@
+"""What a driver of a split device is, and how one is found: a class, and one decorator that registers it.
+
+Knows a device only by the type `XenbusDevice`; knows nothing of how a bus finds devices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, TypeVar
+
+from xenbus.bus.state import Side, XenbusState
+from xenbus.errors import UsageError
+
+if TYPE_CHECKING:
+    from xenbus.bus.device import XenbusDevice
+
+log = logging.getLogger("xenbus.bus")
+
+ENTRY_POINTS = "xenbus.drivers"
+
+
+class XenbusDriver:
+    """One instance an attached device (newbus's softc). Override what the device needs.
+
+    Every async callback runs in the device's own mailbox, one at a time and in order, with a deadline; an
+    exception out of `attach` closes and forgets the device, out of any other one it is `dev.fatal()`.
+    Only `otherend_changed` and `localend_changed` also run while `detach` does, so that `detach` may wait
+    for its peer (`dev.wait_otherend`).
+    """
+
+    name = ""  # the device class: units are `name` + number
+    description = ""
+    deadline: float | None = None  # seconds a callback may take; None: the bus's own
+
+    @classmethod
+    def probe(cls, dev: XenbusDevice) -> int:
+        """0: mine for sure. Below 0: mine, unless somebody has a higher number. NoMatch: not mine.
+
+        Synchronous and pure: it may look at `dev.type`, `dev.id`, `dev.node`, and do nothing.
+        """
+        return 0
+
+    @classmethod
+    def unit(cls, dev: XenbusDevice) -> int | None:
+        """The unit number it would like; None: the lowest free one."""
+        return None
+
+    def __init__(self, dev: XenbusDevice) -> None:
+        self.dev = dev
+
+    async def attach(self) -> None:
+        """The first thing called. The peer is not watched yet: `otherend_changed` follows."""
+
+    async def detach(self) -> None:
+        """The last thing called. What the device holds (grants, channels, tasks...) is given back after it.
+
+        `dev.gone` tells that the node vanished: there is nobody left to wait for.
+        """
+
+    async def otherend_changed(self, state: XenbusState) -> None:
+        """The peer's state as it stands now; may repeat itself, may have skipped states."""
+
+    async def localend_changed(self, path: str) -> None:
+        """Something below our own node changed: "/state", "/online", ...; "" is the node itself."""
+
+    async def suspend(self) -> None:
+        """Stop touching the rings; what is in flight stays remembered until `resume`."""
+
+    async def resume(self, cancelled: bool) -> None:
+        """cancelled: nothing changed. Otherwise grants, mappings, channels, tasks and watches are gone, our
+        state is INITIALISING, and the peer (which may be another one) is about to be watched anew."""
+
+    def sysctl(self) -> Mapping[str, Callable[[], object]]:
+        """Read-only leaves of one's own below `dev.<name>.<unit>`."""
+        return {}
+
+
+D = TypeVar("D", bound=type[XenbusDriver])
+ANY_TYPE = "*"
+
+
+class DriverRegistry:
+    """Drivers by side and device type. A bus is handed one; the decorators below fill the common one."""
+
+    __slots__ = ("_drivers", "_loaded")
+
+    def __init__(self) -> None:
+        self._drivers: dict[tuple[Side, str], list[type[XenbusDriver]]] = {}
+        self._loaded = False
+
+    def add(self, side: Side, device_type: str, driver: type[XenbusDriver]) -> None:
+        """UsageError for a driver without a name. Adding the same one twice does nothing."""
+        if not driver.name.isidentifier() or driver.name[-1].isdigit():
+            raise UsageError(f"{driver.__qualname__}: {driver.name!r} is no name for units")
+        known = self._drivers.setdefault((side, device_type), [])
+        if driver not in known:
+            known.append(driver)
+
+    def remove(self, driver: type[XenbusDriver]) -> None:
+        for known in self._drivers.values():
+            if driver in known:
+                known.remove(driver)
+
+    def candidates(self, side: Side, device_type: str) -> Iterator[type[XenbusDriver]]:
+        """Those for this type, then those for any type."""
+        yield from self._drivers.get((side, device_type), ())
+        yield from self._drivers.get((side, ANY_TYPE), ())
+
+    def load_entry_points(self) -> None:
+        """Imports every installed package that names itself under `xenbus.drivers`: importing registers.
+
+        A package that cannot be imported is logged; it must not take the others' devices down. Once.
+        """
+        if self._loaded:
+            return
+        self._loaded = True
+        for entry in metadata.entry_points(group=ENTRY_POINTS):
+            try:
+                entry.load()
+            except Exception:
+                log.exception("driver package %s (%s) cannot be loaded", entry.name, entry.value)
+
+
+drivers = DriverRegistry()
+
+
+def front_driver(*types: str) -> Callable[[D], D]:
+    """`@front_driver("vbd")`: this class drives front ends of that type (`*`: of any)."""
+    return _registering(Side.FRONT, types)
+
+
+def back_driver(*types: str) -> Callable[[D], D]:
+    """`@back_driver("vbd")`: this class drives back ends of that type."""
+    return _registering(Side.BACK, types)
+
+
+def _registering(side: Side, types: tuple[str, ...]) -> Callable[[D], D]:
+    def register(cls: D) -> D:
+        for device_type in types:
+            drivers.add(side, device_type, cls)
+        return cls
+
+    return register
