@@ -223,6 +223,21 @@ class Connection:
                     cause.taken()
             self.events.clear()
 
+    def drop_events(self) -> int:
+        """Watch events that wait are thrown away, replies stay. How many there were."""
+        kept = [message for message in self.out if message[:4] != _EVENT]
+        dropped = len(self.out) - len(kept)
+        size = self.queued - sum(map(len, kept))
+        for cause in self.events.values():
+            if cause is not None:
+                cause.taken()
+        self.events.clear()
+        self.out = deque(kept)
+        self.queued -= size
+        if self.guest:
+            self.domain.memory -= size
+        return dropped
+
     def drop_queue(self) -> None:
         """What waits is thrown away (the connection ends or starts anew)."""
         self._clear()

@@ -1,0 +1,80 @@
+"""`python -m xenbus.xenstore.daemon`: a XenStore daemon as a process of its own.
+
+Parses arguments, connects to the broker if it is given one, serves until SIGTERM or SIGINT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from xenbus.errors import XenbusError
+from xenbus.xenstore.daemon.server import Daemon
+from xenbus.xenstore.engine import Quotas
+
+READY = b"ready\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m xenbus.xenstore.daemon", description=__doc__)
+    parser.add_argument("--socket", required=True, metavar="PATH", help="domain 0's socket (mode 0600)")
+    parser.add_argument("--broker-fd", type=int, metavar="N", help="handle of the broker, for guests' rings")
+    parser.add_argument(
+        "--quota", action="append", default=[], metavar="NAME=N", help="a guest's limit, e.g. nodes=10000"
+    )
+    parser.add_argument(
+        "--ready-fd", type=int, metavar="N", help="gets 'ready' and a newline, and is closed, once it serves"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more than what went wrong")
+    return parser
+
+
+def _say_ready(fd: int | None) -> None:
+    if fd is not None:
+        os.write(fd, READY)
+        os.close(fd)
+
+
+async def serve(path: str, quotas: Quotas, broker_fd: int | None = None, ready_fd: int | None = None) -> None:
+    """Until SIGTERM, SIGINT, or the broker's end."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    hypervisor = None
+    if broker_fd is not None:
+        from xenbus.hypervisor.broker import connect
+
+        hypervisor = await connect(broker_fd)
+        hypervisor.on_lost(stop.set)
+    daemon = Daemon(hypervisor, quotas)
+    try:
+        await daemon.listen_unix(path)
+        _say_ready(ready_fd)
+        await stop.wait()
+    finally:
+        await daemon.close()
+        if hypervisor is not None:
+            await hypervisor.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="xenstored: %(message)s")
+    try:
+        quotas = Quotas.parse(options.quota)
+        asyncio.run(serve(options.socket, quotas, options.broker_fd, options.ready_fd))
+    except XenbusError as exc:
+        logging.getLogger("xenbus.xenstored").error("%s", exc)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The XenStore daemon: a socket for domain 0, rings for guests, in-process connections. asyncio.
+
+Moves bytes between sessions and the engine, and does what the engine asks of its hooks. Knows neither
+devices nor how domains are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections import deque
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from xenbus.errors import UsageError
+from xenbus.hypervisor.interface import Hypervisor
+from xenbus.xenstore.daemon.guests import Guests
+from xenbus.xenstore.daemon.session import Session
+from xenbus.xenstore.engine import Connection, Engine, Quotas
+from xenbus.xenstore.transport import Transport
+from xenbus.xenstore.transport.memory import memory_pair
+from xenbus.xenstore.transport.unix import UnixTransport
+from xenbus.xenstore.wire import Message
+
+_log = logging.getLogger("xenbus.xenstored")
+
+# Clients on the socket at a time; one more is turned away.
+MAX_CLIENTS = 1024
+# Connections taken in one turn of the loop.
+ACCEPTS = 16
+# After running out of descriptors, wait this long before taking another client, seconds.
+ACCEPT_PAUSE = 0.5
+
+
+class Daemon:
+    """A XenStore that can be talked to. Make it inside a running loop.
+
+    hypervisor: the store's own handle, to map guests' rings (INTRODUCE); None: there are no guests, and
+                INTRODUCE answers ENOSYS
+    quotas:     of guests, unless SET_QUOTA says otherwise
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor | None = None,
+        quotas: Quotas | None = None,
+        *,
+        max_clients: int = MAX_CLIENTS,
+    ) -> None:
+        self.engine = Engine(quotas, self)
+        self._loop = asyncio.get_running_loop()
+        self._hypervisor = hypervisor
+        self._guests = Guests(hypervisor, self)
+        self._max_clients = max_clients
+        self._sessions: dict[Connection, Session] = {}
+        self._stalled: dict[Session, None] = {}
+        self._clients = 0
+        self._listeners: dict[socket.socket, tuple[Path, tuple[int, int]]] = {}
+        self._timers: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: Session | None = None
+        self._closed = False
+        on_domain_dead = getattr(hypervisor, "on_domain_dead", None)
+        if on_domain_dead is not None:
+            on_domain_dead(self.domain_died)
+
+    # ---- who connects ----
+
+    async def listen_unix(self, path: str | os.PathLike[str]) -> None:
+        """Domain 0's socket, mode 0600 from the start. UsageError if another daemon answers there, or the
+        path is taken by something else."""
+        target = Path(path)
+        _clear_stale(target)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        before = os.umask(0o177)
+        try:
+            sock.bind(os.fspath(target))
+        except OSError as exc:
+            sock.close()
+            raise UsageError(f"cannot listen at {target}: {exc.strerror or exc}") from exc
+        finally:
+            os.umask(before)
+        sock.listen(128)
+        info = target.stat()
+        self._listeners[sock] = (target, (info.st_dev, info.st_ino))
+        self._loop.add_reader(sock, self._accept, sock)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    raise
+                _log.warning("no client is taken for %g s: %s", ACCEPT_PAUSE, exc.strerror)
+                self._loop.remove_reader(listener)
+                self._timers[listener] = self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listener)
+                return
+            if self._clients >= self._max_clients:
+                _log.warning("a client is turned away: %d are connected", self._clients)
+                sock.close()
+                continue
+            self._clients += 1
+            self.open_session(0, UnixTransport(sock, "a client on the socket")).start()
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        del self._timers[listener]
+        self._loop.add_reader(listener, self._accept, listener)
+
+    def connect_local(self, domid: int = 0) -> Transport:
+        """The client's end of a connection within this process, with the rights of `domid`."""
+        near, far = memory_pair(f"a client for domain {domid}")
+        self.open_session(domid, far).start()
+        return near
+
+    def open_session(self, domid: int, transport: Transport) -> Session:
+        """A session, not started yet."""
+        conn = self.engine.connect(domid)
+        session = self._sessions[conn] = Session(self, conn, transport)
+        return session
+
+    def ended(self, session: Session, exc: Exception | None) -> None:
+        """A session is over: nothing of it stays."""
+        if self._sessions.pop(session.conn, None) is None:
+            return
+        self._stalled.pop(session, None)
+        if isinstance(session.transport, UnixTransport):
+            self._clients -= 1
+        self.engine.disconnect(session.conn)
+        self.relieved()
+
+    # ---- requests ----
+
+    def serve(self, session: Session, messages: deque[Message], budget: int) -> None:
+        engine, conn = self.engine, session.conn
+        handle, guest = engine.handle, conn.guest
+        before, self._serving = self._serving, session
+        try:
+            while messages and budget:
+                budget -= 1
+                handle(conn, messages.popleft())
+                if session.busy or session.closed or (guest and not conn.may_send):
+                    break
+        finally:
+            self._serving = before
+        session.pump()
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the engine queued for others."""
+        sessions = self._sessions
+        for conn in self.engine.take_dirty():
+            session = sessions.get(conn)
+            if session is not None:
+                session.pump()
+        self.relieved()
+
+    def stalled(self, session: Session) -> None:
+        self._stalled[session] = None
+
+    def relieved(self) -> None:
+        if not self._stalled:
+            return
+        for session in list(self._stalled):
+            if session.conn.may_send:
+                del self._stalled[session]
+                session.schedule()
+
+    # ---- hooks of the engine ----
+
+    def introduce(self, domid: int, gfn: int, port: int, done: Callable[[str | None], None]) -> None:
+        session = self._serving
+        if session is not None:
+            session.busy = True
+
+        def finished(error: str | None) -> None:
+            done(error)
+            self.flush()
+            if session is not None:
+                session.busy = False
+                session.schedule()
+
+        self.spawn(self._guests.introduce(domid, port, finished), f"introduce domain {domid}")
+
+    def release(self, domid: int) -> None:
+        self._guests.release(domid)
+
+    def domain_exists(self, domid: int) -> bool:
+        """As the hypervisor says; without one that can tell, a toolstack is believed."""
+        if self._hypervisor is None:
+            return False
+        known = getattr(self._hypervisor, "domain_exists", None)
+        return True if known is None else bool(known(domid))
+
+    def log(self, text: str) -> None:
+        _log.info("%s", text)
+
+    def write_report(self, name: str, text: str) -> bool:
+        try:
+            with Path(name).open("a") as file:
+                file.write(text)
+        except (OSError, ValueError) as exc:
+            _log.warning("no report in %s: %s", name, exc)
+            return False
+        return True
+
+    # ---- domains ----
+
+    def features(self, domid: int) -> int:
+        return self.engine.domain(domid).features
+
+    def domain_died(self, domid: int) -> None:
+        """The domain is gone: @releaseDomain, its nodes, its ring. The hypervisor's event calls this; a
+        toolstack without one may."""
+        self._guests.release(domid)
+        for session in [one for one in self._sessions.values() if one.conn.domid == domid and domid]:
+            session.close()
+        self.engine.domain_died(domid)
+        self.flush()
+
+    def domain_shutdown(self, domid: int) -> None:
+        """The domain stopped (suspend, shutdown) but is not gone: @releaseDomain, once until RESUME."""
+        self.engine.domain_shutdown(domid)
+        self.flush()
+
+    # ---- tasks and the end ----
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._loop.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("%s failed", task.get_name(), exc_info=task.exception())
+
+    async def close(self) -> None:
+        """No client is served any more; sockets are unlinked, rings given back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for sock, (path, identity) in self._listeners.items():
+            self._loop.remove_reader(sock)
+            sock.close()
+            _unlink_own(path, identity)
+        for timer in self._timers.values():
+            timer.cancel()
+        self._listeners.clear()
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        await self._guests.close()
+        for session in list(self._sessions.values()):
+            session.close()
+
+
+def _clear_stale(path: Path) -> None:
+    """Removes a socket that nobody listens on any more. UsageError if it is not ours to remove."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise UsageError(f"cannot listen at {path}: {exc.strerror or exc}") from exc
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"cannot listen at {path}: there is a file that is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as exc:
+            raise UsageError(f"cannot listen at {path}: {exc.strerror or exc}") from exc
+    raise UsageError(f"cannot listen at {path}: a daemon answers there already")
+
+
+def _unlink_own(path: Path, identity: tuple[int, int]) -> None:
+    """Removes the socket unless somebody put another in its place."""
+    with contextlib.suppress(OSError):
+        info = path.lstat()
+        if (info.st_dev, info.st_ino) == identity:
+            path.unlink()

@@ -1,0 +1,192 @@
+"""One client of the daemon: bytes in from its transport, requests to the engine, bytes out. asyncio.
+
+Knows a `Transport` and the engine's `Connection`; not which kind of transport it is, save that a ring
+can be told why it is stopped. Who does not read is not read from, and what waits for it is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Protocol
+
+from xenbus.errors import PeerError
+from xenbus.xenstore.engine import Connection
+from xenbus.xenstore.transport import Transport
+from xenbus.xenstore.transport.ringpage import RingFault, RingTransport
+from xenbus.xenstore.wire import Message, Parser, ProtocolError
+
+_log = logging.getLogger("xenbus.xenstored")
+
+# Requests of one client that one turn of the loop may serve: others wait no longer than that.
+BUDGET = 256
+# How much is handed to a transport at a time, bytes; the rest stays where identical events merge.
+PORTION = 1 << 18
+# What is handed to a ring at a time, bytes: its size.
+RING_PORTION = 1024
+# After this long a guest's untaken events are dropped (xenstored's "watch-event" timeout).
+EVENT_SECONDS = 20.0
+
+
+class Host(Protocol):
+    """What a session needs of its daemon."""
+
+    def serve(self, session: Session, messages: deque[Message], budget: int) -> None:
+        """Give requests to the engine, in order, while the session may go on; then send what came of it."""
+        ...
+
+    def ended(self, session: Session, exc: Exception | None) -> None: ...
+    def relieved(self) -> None:
+        """Events were dropped: whoever waited for them to be taken may go on."""
+        ...
+
+    def stalled(self, session: Session) -> None:
+        """It has as much outstanding as it may: try again when others have taken something."""
+        ...
+
+
+class Session:
+    """A `Receiver`. `busy`: a request of it is under way (INTRODUCE), later ones wait."""
+
+    __slots__ = (
+        "_deadline",
+        "_loop",
+        "_paused",
+        "_pending",
+        "_scheduled",
+        "_taken",
+        "busy",
+        "closed",
+        "conn",
+        "host",
+        "parser",
+        "transport",
+    )
+
+    def __init__(self, host: Host, conn: Connection, transport: Transport) -> None:
+        self.host = host
+        self.conn = conn
+        self.transport = transport
+        self.parser = Parser()
+        self.busy = False
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._pending: deque[Message] = deque()
+        self._paused = False
+        self._scheduled = False
+        self._taken = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self.transport.start(self)
+
+    # ---- Receiver ----
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        if self.closed:
+            return
+        broken = None
+        try:
+            messages = self.parser.feed(data)
+        except ProtocolError as error:
+            messages, broken = error.messages, error
+        self._pending.extend(messages)
+        self._work()
+        if broken is not None and not self.closed:
+            _log.warning("%s: %s", self.transport.peer, broken)
+            self.stop(RingFault.PROTO, broken)
+
+    def drained(self) -> None:
+        self.pump()
+        self._work()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, PeerError):
+            _log.warning("%s", exc)
+        self._end(exc)
+
+    # ---- requests ----
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next request may be looked at."""
+        return not (self.busy or self.closed or self.transport.backlog)
+
+    def _work(self) -> None:
+        """Serve what may be served; read no more while anything is left."""
+        pending = self._pending
+        if pending and self.ready:
+            if self.conn.may_send:
+                self.host.serve(self, pending, BUDGET)
+            if pending and not self.closed:
+                if not self.conn.may_send:
+                    self.host.stalled(self)
+                elif self.ready:
+                    self.schedule()
+        if not self.closed and self._paused != bool(pending or self.transport.backlog):
+            self._paused = not self._paused
+            self.transport.pause(self._paused)
+
+    def schedule(self) -> None:
+        """Go on in the loop's next turn."""
+        if not self._scheduled and not self.closed:
+            self._scheduled = True
+            self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._scheduled = False
+        if not self.closed:
+            self._work()
+
+    # ---- replies and events ----
+
+    def pump(self) -> None:
+        """Hand over what is queued, as far as the other side takes it."""
+        conn, transport = self.conn, self.transport
+        if self.closed:
+            return
+        if conn.overflow:
+            _log.warning("%s does not read: dropped with %d bytes waiting", transport.peer, conn.queued)
+            self.stop(RingFault.COMM, None)
+            return
+        portion = RING_PORTION if conn.guest else PORTION
+        while conn.out and not transport.backlog and not self.closed:
+            data = conn.take(portion)
+            self._taken += 1
+            transport.send((data,))
+        if conn.guest and conn.out and self._deadline is None and not self.closed:
+            self._deadline = self._loop.call_later(EVENT_SECONDS, self._overdue, self._taken)
+
+    def _overdue(self, taken: int) -> None:
+        self._deadline = None
+        if self.closed or not self.conn.out:
+            return
+        if taken == self._taken:
+            dropped = self.conn.drop_events()
+            if dropped:
+                _log.warning("%s: %d events not taken for %g s", self.transport.peer, dropped, EVENT_SECONDS)
+                self.host.relieved()
+        self.pump()
+
+    # ---- ends ----
+
+    def stop(self, fault: RingFault, exc: Exception | None) -> None:
+        """Our side ends it; a ring is told why."""
+        if isinstance(self.transport, RingTransport):
+            self.transport.fault(fault, exc)
+        self._end(exc)
+
+    def close(self) -> None:
+        self._end(None)
+
+    def _end(self, exc: Exception | None) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._pending.clear()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self.transport.close()
+        self.host.ended(self, exc)
