@@ -19,6 +19,7 @@ from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchR
 from xenbus.xenstore.transport import Transport, resolve
 from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
+from xenbus.xenstore.wire.paths import join
 from xenbus.xenstore.wire.perms import Perm
 
 log = logging.getLogger("xenbus.xenstore")
@@ -358,7 +359,7 @@ class Client:
         A missing name is NoEntry unless `defaults` has it; a value that its converter refuses (ValueError)
         is PeerError, naming both.
         """
-        paths = [f"{directory}/{name}" for name in wanted]
+        paths = [join(directory, name) for name in wanted]
         waiters = [self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx) for path in paths]
         replies = await asyncio.gather(*waiters, return_exceptions=True)
         found: dict[str, Any] = {}

@@ -24,7 +24,7 @@ log = logging.getLogger("xenbus.xenstore")
 REPLY_CAP = 1 << 20
 # The children of one node, as a list of bytes, over however many replies.
 LISTING_CAP = 16 << 20
-_REQ_ID_MASK = 0xFFFFFFFF
+_ID_MASK = 0xFFFFFFFF
 
 _WATCH_EVENT = int(Op.WATCH_EVENT)
 _ERROR = int(Op.ERROR)
@@ -202,9 +202,9 @@ class Session:
             self.submit(op, "", CODECS[op].request(*args), tx_id, NOBODY, inf, inf)
 
     def _emit(self, pending: Pending) -> None:
-        req_id = (self._last_id + 1) & _REQ_ID_MASK
+        req_id = (self._last_id + 1) & _ID_MASK
         while req_id in self._sent or not req_id:  # 0 is what events and the kernel's own replies carry
-            req_id = (req_id + 1) & _REQ_ID_MASK
+            req_id = (req_id + 1) & _ID_MASK
         self._last_id = req_id
         self._sent[req_id] = pending
         self.out.append(encode(pending.op, req_id, pending.tx_id, pending.payload))
@@ -246,19 +246,20 @@ class Session:
                 log.debug("%s: stray reply %s", self.peer, message)
                 return
         op = message.op
-        if op == pending.op:
-            self._answered(pending, message.payload)
-        elif op == _ERROR:
-            if not pending.waiter.done():
+        try:
+            if op == pending.op:
+                self._answered(pending, message.payload)
+            elif op != _ERROR:
+                raise PeerError(f"{self.peer} answered {op_name(pending.op)} with {op_name(op)}")
+            elif not pending.waiter.done():
                 name = parse_error(message.payload)
-                pending.waiter.set_exception(
-                    store_error(name, op_name(pending.op), pending.path, pending.tx_id)
-                )
-        else:
-            error = PeerError(f"{self.peer} answered {op_name(pending.op)} with {op_name(op)}")
-            if not pending.waiter.done():
+                error = store_error(name, op_name(pending.op), pending.path, pending.tx_id)
                 pending.waiter.set_exception(error)
-            raise error
+        except PeerError as exc:
+            # The link goes down for this, and with it whoever is still in `_sent`: not this one any more.
+            if not pending.waiter.done():
+                pending.waiter.set_exception(exc)
+            raise
 
     def _unnumbered(self, message: Message) -> Pending | None:
         """Linux answers WATCH and UNWATCH on /dev/xen/xenbus itself, in order, and older kernels leave the
@@ -274,6 +275,8 @@ class Session:
         late = pending.waiter.done()
         if pending.op == _START:
             tx_id = int(CODECS[_START].parse_reply(payload))
+            if not 0 < tx_id <= _ID_MASK:
+                raise PeerError(f"{self.peer} gave {tx_id} as a transaction's id")
             if late:
                 self.post(Op.TRANSACTION_END, False, tx_id=tx_id)
             else:

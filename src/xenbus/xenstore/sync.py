@@ -17,6 +17,7 @@ from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchR
 from xenbus.xenstore.transport import Pipe, resolve
 from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
+from xenbus.xenstore.wire.paths import join
 from xenbus.xenstore.wire.perms import Perm
 
 log = logging.getLogger("xenbus.xenstore")
@@ -312,7 +313,7 @@ class SyncClient:
         A missing name is NoEntry unless `defaults` has it; a value that its converter refuses (ValueError)
         is PeerError, naming both.
         """
-        paths = [f"{directory}/{name}" for name in wanted]
+        paths = [join(directory, name) for name in wanted]
         slots = [self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx) for path in paths]
         found: dict[str, Any] = {}
         for (name, convert), path, slot in zip(wanted.items(), paths, slots, strict=True):
