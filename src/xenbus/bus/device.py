@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from collections.abc import Mapping as MappingT
 from typing import TYPE_CHECKING, Any
 
+from xenbus.bus.driver import XenbusDriver
 from xenbus.bus.features import Negotiated
 from xenbus.bus.owned import Owned
 from xenbus.bus.state import Side, XenbusState, parse_state, strstate, usual_move
@@ -31,12 +32,15 @@ from xenbus.newbus.runtime import Mailbox
 from xenbus.xenstore.client import Client, Transaction, Watch
 
 if TYPE_CHECKING:
-    from xenbus.bus.driver import XenbusDriver
     from xenbus.bus.xenbusb import XenBus
 
 log = logging.getLogger("xenbus.bus")
 # Bytes of an error node's text: with its header it stays far below a guest's node size quota (2048).
 ERROR_TEXT_MAX = 1024
+
+
+# What may change below our own node that concerns the bus itself.
+OWN_EVENTS = frozenset({"", "/state", "/online"})
 
 
 class DeviceGone(XenbusError):
@@ -391,7 +395,7 @@ class XenbusDevice:
         await watch.close()
 
     def counts(self) -> dict[str, int]:
-        """How many things are held: tasks, watches (not the bus's two), channels, mapped and granted pages."""
+        """How many are held: tasks, watches (not the bus's two), channels, mapped and granted pages."""
         return self._owned.counts() if self._owned is not None else dict.fromkeys(_COUNTS, 0)
 
     async def give_back(self) -> None:
@@ -441,6 +445,26 @@ class XenbusDevice:
     def request_detach(self) -> None:
         """Posted, not awaited: the bus detaches this device in an orderly way, in its own time."""
         self.bus.post_detach(self)
+
+    # ---- events: the two watches' callbacks, which the bus registers ----
+
+    def peer_event(self, path: str) -> None:
+        """seed: xenbusb_otherend_watch_cb. One event waits at most, however fast the peer flaps."""
+        if self.otherend_path and is_within(path, self.otherend_path):
+            self.mailbox.post("otherend")
+
+    def local_event(self, path: str) -> None:
+        """seed: xenbusb_local_watch_cb. Hands on what follows our node in the path."""
+        if is_within(path, self.node):
+            rest = path[len(self.node) :]
+            if rest in OWN_EVENTS or self.hears_local:
+                self.mailbox.post(("local", rest))
+
+    @property
+    def hears_local(self) -> bool:
+        """Whether the driver has a `localend_changed` of its own."""
+        driver = self.driver
+        return driver is not None and type(driver).localend_changed is not XenbusDriver.localend_changed
 
     def count(self, what: str) -> None:
         """A counter of this device, shown in sysctl and tree."""
@@ -519,6 +543,11 @@ class _Doing(XenbusError):
 class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         return f"{(self.extra or {}).get('device')}: {msg}", kwargs
+
+
+def is_within(path: str, root: str) -> bool:
+    """Whether `path` is `root` or below it, by whole components (B15: ".../5" is no root of ".../51")."""
+    return path == root or path.startswith(root + "/")
 
 
 _COUNTS = ("tasks", "watches", "channels", "mapped_pages", "granted_pages")

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 class Owned:
-    """Held things by kind, given back in this order: tasks (which use rings), watches, channels (whose handlers
-    use mappings), mappings, grants."""
+    """Held things by kind, given back in this order: tasks (which use rings), watches, channels (whose
+    handlers use mappings), mappings, grants."""
 
     __slots__ = ("channels", "closed", "grants", "hv", "mappings", "tasks", "watches")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Hashable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from xenbus.errors import DeadlineError
 from xenbus.newbus.boot import BootHold
@@ -24,6 +24,13 @@ _runaways: set[asyncio.Task[Any]] = set()
 def runaways() -> int:
     """How many callbacks were cancelled and still run."""
     return len(_runaways)
+
+
+@runtime_checkable
+class Droppable(Protocol):
+    """An event that somebody waits for: told when it is forgotten unhandled."""
+
+    def dropped(self) -> None: ...
 
 
 class Mailbox:
@@ -85,11 +92,14 @@ class Mailbox:
 
     def clear(self) -> None:
         """Forgets what waits; what runs goes on."""
-        self._pending = None
+        pending, self._pending = self._pending, None
+        for event in pending or ():
+            if isinstance(event, Droppable):
+                event.dropped()
 
     def cancel(self) -> asyncio.Task[None] | None:
         """Forgets what waits and cancels what runs, which is returned if it is not the caller itself."""
-        self._pending = None
+        self.clear()
         task, self._task = self._task, None
         if task is None or task is asyncio.current_task():
             return None

@@ -1,0 +1,59 @@
+"""`error/<node>/error`: written by xenbus_dev_error, taken away with the device that it was about.
+
+Knows the store's client alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from xenbus.errors import NoEntry, XenbusError
+from xenbus.xenstore.client import Client, Transaction
+
+log = logging.getLogger("xenbus.bus")
+Run = Callable[[Callable[[Transaction], Awaitable[None]]], Awaitable[None]]
+
+
+class ErrorNodes:
+    """Which devices of one bus have an error node of ours."""
+
+    __slots__ = ("_nodes", "_run")
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._nodes: set[str] = set()
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._nodes
+
+    async def write(self, store: Client, node: str, value: bytes) -> None:
+        self._nodes.add(node)
+        await store.write(f"error/{node}/error", value)
+
+    async def clear(self, node: str) -> None:
+        """Removes it, and the directories above that nothing else is in. Never raises."""
+        if node not in self._nodes:
+            return
+        self._nodes.discard(node)
+        try:
+            await self._run(lambda tx: _prune(tx, f"error/{node}"))
+        except XenbusError as exc:
+            log.warning("error/%s could not be removed: %s", node, exc)
+
+    def forget_all(self) -> None:
+        """After a restore: the old domain's nodes went with it."""
+        self._nodes.clear()
+
+
+async def _prune(tx: Transaction, path: str) -> None:
+    """In one transaction, so that an error written meanwhile beside it is a Conflict and not a loss."""
+    try:
+        await tx.rm(path)
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            if await tx.directory(path):
+                return
+            await tx.rm(path)
+    except NoEntry:
+        return

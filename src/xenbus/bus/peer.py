@@ -1,0 +1,46 @@
+"""Reading the other end's state: what counts as Closed, what as garbage, and what is tried again.
+
+Knows the store's client and the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from xenbus.bus.device import XenbusDevice
+from xenbus.bus.state import XenbusState, parse_state
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError, XenbusError
+from xenbus.xenstore.client import Client
+
+# Seconds between the attempts to read a peer's state that cannot be read for a passing reason. An event is
+# one chance to see the final state, so one error must not be the end of it.
+PAUSES = (0.02, 0.2, 1.0)
+
+
+async def read_driver_state(store: Client, path: str) -> XenbusState:
+    """xenbus_read_driver_state, but: no node is CLOSED, nonsense is PeerError, any other error is raised."""
+    try:
+        return parse_state(await store.read(f"{path}/state"))
+    except NoEntry:
+        return XenbusState.CLOSED
+
+
+async def read_peer(dev: XenbusDevice) -> XenbusState | None:
+    """The peer's state; None if it cannot be known: then that was recorded, and the last state stays."""
+    failure: XenbusError | None = None
+    for pause in (*PAUSES, None):
+        try:
+            return await read_driver_state(dev.store, dev.otherend_path)
+        except PeerError as exc:
+            dev.peer_garbage(exc)
+            return None
+        except LinkDown:
+            raise
+        except (StoreError, DeadlineError) as exc:
+            failure = exc
+            dev.count("peer_unreadable")
+        if pause is not None:
+            await asyncio.sleep(pause)
+    assert failure is not None
+    await dev.error(failure)
+    return None
