@@ -6,6 +6,7 @@ Pure. Knows views to fill and a callable that sends. Knows no socket, no loop an
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,7 @@ class Request:
     since: float = 0.0
     error: str | None = None
     covered: int = 0
+    unfilled: deque[memoryview] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
@@ -165,6 +167,7 @@ class ClientSession:
     def abandon(self, request: Request) -> bool:
         """Whoever waited is gone: its buffers are not to be touched again. True: divert the intake, too."""
         request.buffers = []
+        request.unfilled.clear()
         request.done = _nobody
         filling = self._filling is request
         self._filling = None if filling else self._filling
@@ -179,6 +182,7 @@ class ClientSession:
         requests, self.pending = list(self.pending.values()), {}
         for request in requests:
             request.buffers = []
+            request.unfilled.clear()
             request.done(error)
 
     # Replies
@@ -239,13 +243,13 @@ class ClientSession:
         return start
 
     def _fill(self, request: Request, start: int, length: int) -> Script:
+        # Kept in the request, never in a local: what is abandoned must not be held by this frame.
+        request.unfilled = deque(_spans(request.buffers, start, length))
         left = length
-        for view in _spans(request.buffers, start, length):
-            if not request.buffers:  # abandoned between two views
-                break
+        while request.unfilled:
             self._filling = request
-            left -= view.nbytes
-            yield view
+            left -= request.unfilled[0].nbytes
+            yield request.unfilled.popleft()
         if self._filling is request:
             self._filling = None
         while left:
@@ -254,10 +258,10 @@ class ClientSession:
             yield memoryview(bytearray(count))
 
     def _finish(self, request: Request) -> None:
-        del self.pending[request.cookie]
-        request.buffers = []
         if request.command is Command.READ and not request.error and request.covered != request.length:
             raise NbdError("NBD: a reply that left a part of the read out")
+        del self.pending[request.cookie]
+        request.buffers = []
         request.done(request.error)
 
 

@@ -72,9 +72,11 @@ class NbdServer:
             Path(name).chmod(0o600)
             listener.listen(CLIENTS_MAX)
             self._inode = Path(name).stat().st_ino
-        except OSError as error:
+        except BaseException as error:
             listener.close()
-            raise from_oserror(error, name, "serve NBD") from None
+            if isinstance(error, OSError):
+                raise from_oserror(error, name, "serve NBD") from None
+            raise
         self.path = Path(name)
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)

@@ -164,10 +164,11 @@ class ServerSession:
         self.send([head] if data is None else [head, data])
 
 
+# Plain numbers: the inverse of an IntFlag has only the bits that it knows.
 _FLAGS: dict[int, int] = {
-    Command.READ: CommandFlag.FUA,
-    Command.WRITE: CommandFlag.FUA,
+    Command.READ: int(CommandFlag.FUA),
+    Command.WRITE: int(CommandFlag.FUA),
     Command.FLUSH: 0,
-    Command.TRIM: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
+    Command.TRIM: int(CommandFlag.FUA),
+    Command.WRITE_ZEROES: int(CommandFlag.FUA | CommandFlag.NO_HOLE),
 }

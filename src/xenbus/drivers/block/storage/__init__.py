@@ -4,7 +4,7 @@ Knows nothing of rings, drivers or the store. To add a scheme: one file in `sche
 """
 
 from xenbus.drivers.block.storage.interface import Blocks, Buffers, Storage, StorageError
-from xenbus.drivers.block.storage.registry import Target, open_storage, schemes, storage_scheme
+from xenbus.drivers.block.storage.registry import Target, open_storage, scheme_names, storage_scheme
 
 __all__ = [
     "Blocks",
@@ -13,6 +13,6 @@ __all__ = [
     "StorageError",
     "Target",
     "open_storage",
-    "schemes",
+    "scheme_names",
     "storage_scheme",
 ]

@@ -57,7 +57,7 @@ def _load_schemes() -> None:
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def schemes() -> list[str]:
+def scheme_names() -> list[str]:
     """The names that targets may start with."""
     _load_schemes()
     return sorted(_openers)
@@ -101,5 +101,7 @@ async def open_storage(target: str, *, readonly: bool = False, sector_size: int 
         _load_schemes()
     opener = _openers.get(parsed.scheme)
     if opener is None:
-        raise UsageError(f"{target}: no storage scheme {parsed.scheme} (there are {', '.join(schemes())})")
+        raise UsageError(
+            f"{target}: no storage scheme {parsed.scheme} (there are {', '.join(scheme_names())})"
+        )
     return await opener(parsed)

@@ -1,0 +1,19 @@
+"""Wait for something that has no event of its own, with a deadline; and what this process has open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+
+async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Return once it holds. TimeoutError after that time."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def descriptors() -> set[str]:
+    """The numbers of the open descriptors (the one that lists them included, as always the same)."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
