@@ -11,7 +11,7 @@ import time
 from bench.rows import fork, pin
 
 PAGE = 4096
-# blkif_request_t of the native ABI: operation, nr_segments, handle, id, sector, then segments (gref, first, last).
+# blkif_request_t of the native ABI: operation, nr_segments, handle, id, sector, and one segment
 _REQUEST = struct.Struct("<BBHxxxxQQIBBxx")
 _RESPONSE = struct.Struct("<QBxh")
 _SLOT = 112

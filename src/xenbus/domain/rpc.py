@@ -24,6 +24,8 @@ REPLY_MAX = 64 << 20  # bytes of one reply line: a tree of 10 000 devices is a f
 CONNECTIONS_MAX = 64
 IN_FLIGHT_MAX = 16
 SUN_PATH_MAX = 107  # sys/un.h: sun_path less its NUL
+# Names of the tasks that serve callers, so that who counts tasks need not count its own call.
+CONNECTION_TASK, CALL_TASK = "rpc connection", "rpc call"
 
 # An error keeps its kind across the socket, so that the caller's exit code is right.
 _KINDS: dict[str, type[XenbusError]] = {"UsageError": UsageError, "PeerError": PeerError}
@@ -48,13 +50,16 @@ class Call:
         self.params = params
 
     def text(self, key: str, default: str | None = None) -> str:
-        return self._typed(key, str, default)
+        value: str = self._typed(key, str, default)
+        return value
 
     def number(self, key: str, default: int | None = None) -> int:
-        return self._typed(key, int, default)
+        value: int = self._typed(key, int, default)
+        return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        return self._typed(key, bool, default)
+        value: bool = self._typed(key, bool, default)
+        return value
 
     def seconds(self, key: str, default: float) -> float:
         value = self.params.get(key, default)
@@ -112,6 +117,8 @@ class RpcServer:
             log.warning("control socket: more than %d connections, one refused", CONNECTIONS_MAX)
             writer.close()
             return
+        if (task := asyncio.current_task()) is not None:
+            task.set_name(CONNECTION_TASK)
         connection = _Connection(self.methods, reader, writer)
         self._connections.add(connection)
         try:
@@ -148,7 +155,7 @@ class _Connection:
         try:
             while line := await self.reader.readline():
                 await self._places.acquire()
-                task = asyncio.create_task(self._answer(line))
+                task = asyncio.create_task(self._answer(line), name=CALL_TASK)
                 self._calls.add(task)
                 task.add_done_callback(self._done)
         except (ConnectionError, ValueError) as error:  # ValueError: a line over REQUEST_MAX

@@ -1,0 +1,138 @@
+"""What the demo's steps stand on: a host in processes of its own, an operator's connections to it, and
+the means to see that nothing is left behind. Knows no step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xenbus.cli.demo.show import Show
+from xenbus.domain.layout import CONTROL_DOMAIN
+from xenbus.domain.rpc import RpcClient
+from xenbus.errors import DeadlineError, NoEntry, XenbusError
+from xenbus.toolstack.domains import Toolstack
+
+START_DEADLINE = 60.0
+
+
+class DemoFailed(XenbusError):
+    """Something that the demo claims did not hold."""
+
+
+def check(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise DemoFailed(otherwise)
+
+
+@dataclass(slots=True)
+class Stage:
+    """One demo's surroundings. `verified` is what the last line lists."""
+
+    root: Path
+    image: Path
+    show: Show
+    verified: list[str] = field(default_factory=list)
+    _host: asyncio.subprocess.Process | None = None
+    _toolstack: Toolstack | None = None
+
+    @property
+    def toolstack(self) -> Toolstack:
+        assert self._toolstack is not None
+        return self._toolstack
+
+    def did(self, what: str) -> None:
+        self.verified.append(what)
+
+    async def start_host(self) -> None:
+        """`xenbus up` in a process of its own, as an operator runs it."""
+        command = (sys.executable, "-m", "xenbus.cli.main", "up", "--dir", str(self.root))
+        self._host = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        assert self._host.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._host.stdout.readline(), START_DEADLINE)
+        except TimeoutError:
+            raise DeadlineError("the host to be ready", "xenbus up", START_DEADLINE) from None
+        check(line.strip() == b"ready", f"xenbus up did not start; see the logs in {self.root}/log")
+        self._toolstack = await Toolstack.open(self.root)
+
+    async def stop_host(self) -> None:
+        if self._toolstack is not None:
+            await self._toolstack.close()
+            self._toolstack = None
+        if self._host is not None and self._host.returncode is None:
+            self._host.terminate()
+            await asyncio.wait_for(self._host.wait(), START_DEADLINE)
+
+    async def show_trees(self) -> None:
+        domains = await self.toolstack.domains()
+        trees = {f"{d.name} (domid {d.domid})": (await self.ask(d.name, "tree"))["lines"] for d in domains}
+        self.show.tree(trees)
+
+    async def ask(self, name: str, method: str, *, timeout: float = 60.0, **params: Any) -> Any:
+        return await self.toolstack.ask(name, method, timeout=timeout, **params)
+
+    async def disk(self, name: str, device: str, operation: str, **params: Any) -> Any:
+        return await self.ask(name, "device", device=device, operation=operation, **params)
+
+    async def connect(self, name: str) -> RpcClient:
+        return await RpcClient.connect(self.toolstack.layout.control_socket(name))
+
+    # -- what is held --------------------------------------------------------------------------------
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Everything that a device or a domain could leave behind, as numbers and names that compare."""
+        pids = await self.toolstack.host.call("processes")
+        control = await self.ask(CONTROL_DOMAIN, "counts")
+        return {
+            "store": await dump(self.toolstack, "/"),
+            "held": await self.toolstack.host.call("held"),
+            "processes": sorted(pids),
+            "descriptors": {name: _descriptors(pid) for name, pid in pids.items() if pid},
+            "Domain-0": control,
+        }
+
+    async def settle(self, before: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Snapshots until one equals `before` or time is up: what is let go of takes a moment to be seen."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while True:
+            now = await self.snapshot()
+            if now == before or loop.time() > end:
+                return now
+            await asyncio.sleep(0.05)
+
+
+def _descriptors(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+async def dump(toolstack: Toolstack, path: str) -> dict[str, str]:
+    """Every node at or below `path` with its value."""
+    found: dict[str, str] = {}
+    todo = [path]
+    while todo:
+        at = todo.pop()
+        with contextlib.suppress(NoEntry):
+            found[at] = (await toolstack.store.read(at)).decode("utf-8", "replace")
+            todo += [f"{at.rstrip('/')}/{leaf}" for leaf in await toolstack.store.directory(at)]
+    return found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """In words, what one snapshot has and the other has not."""
+    found = []
+    for key in before.keys() | after.keys():
+        was, now = before.get(key), after.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += [f"{key}: {line}" for line in differences(was, now)]
+        elif was != now:
+            found.append(f"{key}: {was!r} before, {now!r} now")
+    return sorted(found)

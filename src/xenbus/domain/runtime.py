@@ -1,0 +1,149 @@
+"""One running domain: its store connection, its hypervisor handle, and `xenstore0` with both buses on it.
+
+The same for domain 0 and for guests; what differs (how the store is reached, whether the domain can be
+suspended) is handed in. Knows no toolstack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from xenbus.bus.back import BackBus
+from xenbus.bus.driver import drivers
+from xenbus.bus.front import FrontBus
+from xenbus.bus.xenbusb import XenBus
+from xenbus.domain.shutdown import ShutdownWatcher
+from xenbus.errors import DeadlineError, XenbusError
+from xenbus.hypervisor.interface import GuestLife, Hypervisor, StartInfo
+from xenbus.newbus import Newbus
+from xenbus.newbus.runtime import wait_boot
+from xenbus.xenstore.client import Client
+from xenbus.xenstore.transport.ringpage import RingTransport, Side
+
+log = logging.getLogger(__name__)
+
+BOOT_DEADLINE = 20.0  # seconds that boot waits for devices to connect
+CLOSE_DEADLINE = 8.0  # seconds for an orderly end of all devices
+
+StoreFactory = Callable[[], Awaitable[Client]]
+
+
+def ring_store(life: GuestLife) -> StoreFactory:
+    """A guest's way to the store: the ring page and port that the domain builder left, and nothing else."""
+
+    async def connect() -> Client:
+        transport: RingTransport | None = None
+
+        def kicked() -> None:
+            if transport is not None:
+                transport.on_event()
+
+        info: StartInfo = await life.start_info(kicked)
+        notify = info.store_channel.notify
+        transport = RingTransport(info.store_page, notify, Side.GUEST, "the store (ring page)")
+        return await Client.connect(transport)
+
+    return connect
+
+
+class DomainRuntime:
+    """`await start()`, `await wait()` until the domain ends, `await stop()`.
+
+    life: given for a domain that can be suspended; it then obeys control/shutdown
+    ended: set with the reason, "poweroff", "reboot" or "lost"
+    """
+
+    def __init__(
+        self, name: str, hv: Hypervisor, connect_store: StoreFactory, *, life: GuestLife | None = None
+    ) -> None:
+        self.name = name
+        self.hv = hv
+        self.life = life
+        self.tree = Newbus()
+        self.started = time.time()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._connect_store = connect_store
+        self._store: Client | None = None
+        self.buses: tuple[XenBus, ...] = ()
+        self._shutdown = ShutdownWatcher(
+            {
+                "suspend": self.suspend,
+                "poweroff": lambda: self._end("poweroff"),
+                "reboot": lambda: self._end("reboot"),
+            }
+        )
+
+    @property
+    def store(self) -> Client:
+        assert self._store is not None, "not started"
+        return self._store
+
+    async def start(self) -> None:
+        """The store reached, both buses attached, devices that were there at boot connected or given up."""
+        drivers.load_entry_points()
+        self._store = await self._connect_store()
+        self._store.on_lost(self._store_lost)
+        xenstore = self.tree.add_child(self.tree.root, name="xenstore", desc="XenStore")
+        self.buses = (
+            FrontBus(self.store, self.hv, xenstore),
+            BackBus(self.store, self.hv, xenstore),
+        )
+        for bus in self.buses:
+            await bus.attach()
+        try:
+            late = await wait_boot(self.tree.boot, BOOT_DEADLINE)
+        except DeadlineError:
+            late = self.tree.boot.holders
+        if late:
+            log.warning("boot goes on without %s", ", ".join(late))
+        if self.life is not None:
+            await self._shutdown.start(self.store)
+
+    def end(self, reason: str) -> None:
+        """Ask for the end; whoever runs this domain waits for `ended` and calls stop()."""
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    async def _end(self, reason: str) -> None:
+        self.end(reason)
+
+    def _store_lost(self, error: Exception) -> None:
+        log.error("the store is lost: %s", error)
+        self.end("lost")
+
+    async def stop(self) -> None:
+        """Orderly: devices close, front ends first, then the store connection and what the handle holds."""
+        await self._shutdown.stop()
+        for bus in self.buses:
+            try:
+                async with asyncio.timeout(CLOSE_DEADLINE):
+                    await bus.detach()
+            except (XenbusError, TimeoutError) as error:
+                log.warning("%s: not all devices closed: %s", bus, error)
+        if self._store is not None:
+            store, self._store = self._store, None
+            await store.close()
+
+    async def suspend(self) -> None:
+        """HYPERVISOR_suspend with what comes before and after (FreeBSD control.c, xctrl_suspend)."""
+        assert self.life is not None
+        log.info("suspending")
+        for bus in self.buses:
+            await bus.suspend()
+        result = await self.life.suspend()
+        if result.cancelled:
+            log.info("suspend cancelled")
+            for bus in self.buses:
+                await bus.resume(cancelled=True)
+            return
+        log.info("restored as domain %d", result.domid)
+        old, self._store = self.store, None
+        await old.close()
+        self._store = await self._connect_store()
+        self._store.on_lost(self._store_lost)
+        for bus in self.buses:
+            await bus.resume(cancelled=False, store=self._store, hv=self.hv)
+        await self._shutdown.start(self._store)

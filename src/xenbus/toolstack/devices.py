@@ -1,0 +1,265 @@
+"""Attach and detach a split device as a toolstack does: both halves' nodes, permissions included, in one
+transaction; then wait, with a deadline, for what the two drivers make of it. Knows no kind of device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from xenbus.bus import XenbusState, parse_state
+from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
+from xenbus.xenstore.client import Client, Transaction
+from xenbus.xenstore.wire import Access, Perm
+
+ATTACH_DEADLINE = 30.0  # seconds, as libxl waits for a device
+DETACH_DEADLINE = 10.0  # libxl's LIBXL_DESTROY_TIMEOUT
+
+_Changed = Callable[[float], Awaitable[bool]]
+
+
+class DeviceFailed(XenbusError):
+    """A driver refused a device; the message holds its own words."""
+
+
+@dataclass(slots=True)
+class DeviceSpec:
+    """One split device before it exists: where it goes, and what either half's directory says."""
+
+    paths: DevicePaths
+    front: Mapping[str, str] = field(default_factory=dict)
+    back: Mapping[str, str] = field(default_factory=dict)
+
+
+def _perms(owner: int, reader: int) -> list[Perm]:
+    """Nobody but the owner, and the other end may read: `n<owner> r<reader>`."""
+    return [Perm(Access.NONE, owner), Perm(Access.READ, reader)]
+
+
+async def write_device(store: Client, spec: DeviceSpec) -> None:
+    """Both halves and the toolstack's record appear at once. UsageError if the device exists."""
+    paths = spec.paths
+
+    async def write(tx: Transaction) -> None:
+        for domid in {paths.front_domid, paths.back_domid}:
+            if not await tx.exists(f"{domain_path(domid)}/name"):
+                raise UsageError(f"no domain {domid}")
+        if await tx.exists(paths.front):
+            raise UsageError(f"domain {paths.front_domid} has a {paths.kind} {paths.devid} already")
+        front = {
+            "backend": paths.back,
+            "backend-id": str(paths.back_domid),
+            "state": str(int(XenbusState.INITIALISING)),
+            **spec.front,
+        }
+        back = {
+            "frontend": paths.front,
+            "frontend-id": str(paths.front_domid),
+            "online": "1",
+            "state": str(int(XenbusState.INITIALISING)),
+            **spec.back,
+        }
+        await _write_directory(tx, paths.front, _perms(paths.front_domid, paths.back_domid), front)
+        await _write_directory(tx, paths.back, _perms(paths.back_domid, paths.front_domid), back)
+        await tx.mkdir(paths.record)
+        for key, value in {"frontend": paths.front, "backend": paths.back, **_recorded(spec)}.items():
+            await tx.write(f"{paths.record}/{key}", value)
+
+    await store.transaction(write)
+
+
+def _recorded(spec: DeviceSpec) -> dict[str, str]:
+    """What it takes to make the device again after a reboot or restore: the specification itself."""
+    return {f"front/{k}": v for k, v in spec.front.items()} | {f"back/{k}": v for k, v in spec.back.items()}
+
+
+async def _write_directory(tx: Transaction, path: str, perms: list[Perm], values: Mapping[str, str]) -> None:
+    await tx.mkdir(path)
+    await tx.set_perms(path, perms)  # before the children: a new node keeps its parent's entries
+    for key, value in values.items():
+        await tx.write(f"{path}/{key}", value)
+
+
+async def list_devices(store: Client, domid: int) -> list[DeviceSpec]:
+    """The devices of a domain by the toolstack's record: what to remake, close or show."""
+    root = f"{libxl_path(domid)}/device"
+    found = []
+    for kind in await _directory(store, root):
+        for devid in await _directory(store, f"{root}/{kind}"):
+            try:
+                found.append(await _read_record(store, f"{root}/{kind}/{devid}", kind, int(devid), domid))
+            except NoEntry:
+                continue  # removed while we looked
+    return found
+
+
+async def _read_record(store: Client, record: str, kind: str, devid: int, domid: int) -> DeviceSpec:
+    # /local/domain/<back>/backend/<kind>/<front>/<devid>
+    back_domid = int((await store.read_str(f"{record}/backend")).split("/")[3])
+    front, back = [
+        {
+            key: await store.read_str(f"{record}/{side}/{key}")
+            for key in await _directory(store, f"{record}/{side}")
+        }
+        for side in ("front", "back")
+    ]
+    return DeviceSpec(DevicePaths(kind, devid, domid, back_domid), front, back)
+
+
+async def _directory(store: Client, path: str) -> list[str]:
+    try:
+        return await store.directory(path)
+    except NoEntry:
+        return []
+
+
+async def read_state(store: Client, node: str) -> XenbusState | None:
+    """A device directory's state; None if the node is gone or says nothing that is a state."""
+    try:
+        return parse_state(await store.read(f"{node}/state"))
+    except (NoEntry, PeerError):
+        return None
+
+
+async def _text(store: Client, path: str) -> str:
+    try:
+        return await store.read_str(path)
+    except NoEntry:
+        return ""
+
+
+async def wait_connected(store: Client, paths: DevicePaths, timeout: float = ATTACH_DEADLINE) -> None:
+    """Until both ends are Connected. DeviceFailed with the driver's words, DeadlineError naming who owed."""
+    async with _Watched(store, (paths.back, paths.front, paths.back_error, paths.front_error)) as changed:
+        end = time.monotonic() + timeout
+        while True:
+            back, front = await read_state(store, paths.back), await read_state(store, paths.front)
+            if back is front is XenbusState.CONNECTED:
+                return
+            error = await _text(store, paths.back_error) or await _text(store, paths.front_error)
+            closed = {None, XenbusState.CLOSING, XenbusState.CLOSED}
+            if error or back in closed or front in closed:
+                raise DeviceFailed(
+                    error or f"{paths.front}: closed (back {_name(back)}, front {_name(front)})"
+                )
+            if not await changed(end - time.monotonic()):
+                raise DeadlineError(
+                    f"{paths.kind} {paths.devid} to connect (back {_name(back)}, front {_name(front)})",
+                    _owes(paths, back, front),
+                    timeout,
+                )
+
+
+def _name(state: XenbusState | None) -> str:
+    return "gone" if state is None else state.name
+
+
+def _owes(paths: DevicePaths, back: XenbusState | None, front: XenbusState | None) -> str:
+    """Whose turn it is in the handshake of blkif.h and netif.h: back 2, front 3 (or 4), back 4, front 4."""
+    if back in (None, XenbusState.INITIALISING):
+        return f"the back end in domain {paths.back_domid} ({paths.back})"
+    if front in (None, XenbusState.INITIALISING, XenbusState.INIT_WAIT) or back is XenbusState.CONNECTED:
+        return f"the front end in domain {paths.front_domid} ({paths.front})"
+    return f"the back end in domain {paths.back_domid} ({paths.back})"
+
+
+async def detach_device(
+    store: Client, paths: DevicePaths, *, timeout: float = DETACH_DEADLINE, force: bool = False
+) -> bool:
+    """Ask the back end to close, wait until it has, remove all nodes. True if it was orderly.
+
+    When the deadline passes: DeadlineError with nothing removed, or with `force` the nodes go anyway, which
+    both buses take as the device's removal.
+    """
+    if not await store.exists(paths.record) and not await store.exists(paths.front):
+        raise UsageError(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
+
+    async def ask(tx: Transaction) -> None:
+        if await tx.exists(f"{paths.back}/state"):
+            await tx.write(f"{paths.back}/online", "0")
+            if parse_state(await tx.read(f"{paths.back}/state")) not in (
+                XenbusState.CLOSED,
+                XenbusState.CLOSING,
+            ):
+                await tx.write(f"{paths.back}/state", str(int(XenbusState.CLOSING)))
+
+    await store.transaction(ask)
+    orderly = await wait_closed(store, paths, timeout)
+    if not orderly and not force:
+        back, front = await read_state(store, paths.back), await read_state(store, paths.front)
+        raise DeadlineError(
+            f"{paths.kind} {paths.devid} to close (back {_name(back)}, front {_name(front)})",
+            f"the front end in domain {paths.front_domid}"
+            if front not in (None, XenbusState.CLOSED)
+            else f"the back end in domain {paths.back_domid}",
+            timeout,
+        )
+    await remove_device(store, paths)
+    return orderly
+
+
+async def wait_closed(store: Client, paths: DevicePaths, timeout: float) -> bool:
+    """Whether the back end reached Closed, or is gone, in time."""
+    async with _Watched(store, (paths.back,)) as changed:
+        end = time.monotonic() + timeout
+        while await read_state(store, paths.back) not in (None, XenbusState.CLOSED):
+            if not await changed(end - time.monotonic()):
+                return False
+        return True
+
+
+async def remove_device(store: Client, paths: DevicePaths) -> None:
+    """Every node of the device: both halves, their error nodes, the record, and parents left empty."""
+
+    async def remove(tx: Transaction) -> None:
+        errors = (paths.back_error.removesuffix("/error"), paths.front_error.removesuffix("/error"))
+        for path in (paths.back, paths.front, *errors, paths.record):
+            await _remove_upwards(tx, path)
+
+    await store.transaction(remove)
+
+
+# Directories that the domain builder makes and that stay while they are empty.
+_KEPT = frozenset({"device", "backend", "error"})
+
+
+async def _remove_upwards(tx: Transaction, path: str) -> None:
+    if not await tx.exists(path):
+        return
+    await tx.rm(path)
+    parent = path.rpartition("/")[0]
+    while parent.rpartition("/")[2] not in _KEPT and not await tx.directory(parent):
+        await tx.rm(parent)
+        parent = parent.rpartition("/")[0]
+
+
+class _Watched:
+    """`async with _Watched(store, paths) as changed`: `await changed(seconds)` is False when time is up."""
+
+    def __init__(self, store: Client, paths: tuple[str, ...]) -> None:
+        self._store = store
+        self._paths = paths
+        self._event = asyncio.Event()
+
+    async def __aenter__(self) -> _Changed:
+        self._watches = [
+            await self._store.watch(path, lambda _path: self._event.set()) for path in self._paths
+        ]
+        return self._wait
+
+    async def _wait(self, seconds: float) -> bool:
+        if seconds <= 0:
+            return False
+        try:
+            await asyncio.wait_for(self._event.wait(), seconds)
+        except TimeoutError:
+            return False
+        self._event.clear()
+        return True
+
+    async def __aexit__(self, *_: object) -> None:
+        for watch in self._watches:
+            await watch.close()
