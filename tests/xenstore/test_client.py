@@ -22,8 +22,8 @@ from xenbus.errors import (
     StoreError,
     UsageError,
 )
-from xenbus.xenstore import client as client_module
 from xenbus.xenstore.client import Client
+from xenbus.xenstore.events import MAX_EVENTS
 from xenbus.xenstore.session import RetryPolicy
 from xenbus.xenstore.transport.memory import memory_pair
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -374,7 +374,7 @@ async def test_events_coalesce_and_are_bounded(client: Client, served: Served, s
         await client.write("/e/y", "1")
         assert await anext(paths) == "/e/x"
         assert await anext(paths) == "/e/y"
-        await asyncio.gather(*(client.write(f"/e/{n}", "") for n in range(client_module.MAX_EVENTS + 1)))
+        await asyncio.gather(*(client.write(f"/e/{n}", "") for n in range(MAX_EVENTS + 1)))
         found = [await anext(paths)]
         assert found == ["/e"]
         assert client.counts()["watches"] == 1

@@ -12,11 +12,13 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from math import inf
+from time import monotonic
 from typing import Any, TypeVar
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
+from xenbus.xenstore.events import EventStream
 from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchRecord, checked
-from xenbus.xenstore.transport import Transport, resolve
+from xenbus.xenstore.transport import Busy, Transport, resolve
 from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
 from xenbus.xenstore.wire.paths import join
@@ -26,10 +28,9 @@ log = logging.getLogger("xenbus.xenstore")
 T = TypeVar("T")
 # Seconds.
 REQUEST_TIMEOUT = 30.0
+BUSY_PAUSE = 0.01
 # A guest may have 10 at a time (xenstored, quota "transactions").
 MAX_TRANSACTIONS = 8
-# Distinct event paths that wait in one `events()` iterator; more of them become one event at its root.
-MAX_EVENTS = 1024
 
 
 class Watch(WatchRecord):
@@ -92,52 +93,6 @@ class Transaction:
         return self._client.gather(directory, wanted, defaults, self)
 
 
-class _Events:
-    """Event paths on their way to one iterator: coalesced, bounded, ended by the loss of the link."""
-
-    __slots__ = ("_changed", "_error", "_path", "_paths")
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._paths: dict[str, None] = {}
-        self._changed: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
-
-    def put(self, path: str) -> None:
-        if len(self._paths) >= MAX_EVENTS:
-            self._paths.clear()
-            path = self._path
-        self._paths[path] = None
-        self._wake()
-
-    def fail(self, exc: Exception) -> None:
-        self._error = exc
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
-
-    def clear(self) -> None:
-        self._paths.clear()
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        while not self._paths:
-            if self._error is not None:
-                raise LinkDown(f"events of {self._path}: {self._error}") from self._error
-            self._changed = asyncio.get_running_loop().create_future()
-            try:
-                await self._changed
-            finally:
-                self._changed = None
-        path = next(iter(self._paths))
-        del self._paths[path]
-        return path
-
-
 class Client:
     """One connection. Made by `connect`, inside the loop that it then belongs to.
 
@@ -156,7 +111,7 @@ class Client:
         self._slots = asyncio.Semaphore(max_transactions)
         self._timer: asyncio.TimerHandle | None = None
         self._flushing = False
-        self._streams: set[_Events] = set()
+        self._streams: set[EventStream] = set()
         self._on_lost: list[Callable[[Exception], None]] = []
         transport.start(self)
 
@@ -168,13 +123,19 @@ class Client:
         timeout: float = REQUEST_TIMEOUT,
         max_transactions: int = MAX_TRANSACTIONS,
     ) -> Client:
-        """`unix:/path`, a path (of a socket or a device), or a transport. LinkDown if nobody is there."""
-        if isinstance(target, (str, os.PathLike)):
-            scheme, rest = resolve(target)
-            transport = scheme.connect(rest)
-        else:
-            transport = target
-        return cls(transport, timeout, max_transactions)
+        """`unix:/path`, a path (of a socket or a device), or a transport. LinkDown if nobody is there, or
+        has room for us within `timeout` seconds."""
+        if not isinstance(target, (str, os.PathLike)):
+            return cls(target, timeout, max_transactions)
+        scheme, rest = resolve(target)
+        until = monotonic() + timeout
+        while True:
+            try:
+                return cls(scheme.connect(rest), timeout, max_transactions)
+            except Busy:
+                if monotonic() >= until:
+                    raise
+            await asyncio.sleep(BUSY_PAUSE)
 
     @property
     def peer(self) -> str:
@@ -415,13 +376,13 @@ class Client:
     @asynccontextmanager
     async def events(self, path: str, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[str]]:
         """`async with client.events(p) as paths: async for path in paths`. Equal events that wait are one;
-        past MAX_EVENTS different ones they become one event at `path`. Ends with LinkDown."""
+        past events.MAX_EVENTS different ones they become one event at `path`. Ends with LinkDown."""
         async with self._stream(path, depth) as stream:
             yield stream
 
     @asynccontextmanager
-    async def _stream(self, path: str, depth: int | None = None) -> AsyncIterator[_Events]:
-        stream = _Events(path)
+    async def _stream(self, path: str, depth: int | None = None) -> AsyncIterator[EventStream]:
+        stream = EventStream(path)
         self._streams.add(stream)
         try:
             watch = await self.watch(path, stream.put, depth=depth)

@@ -15,13 +15,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from xenbus.errors import UsageError
+from xenbus.errors import LinkDown, UsageError
 
 # xenstored lets a guest have this many requests under way and then stops reading from it
 # (docs/misc/xenstore.txt knows no number; tools/xenstored, quota "outstanding").
 GUEST_OUTSTANDING = 20
 # dom0 is exempt; this bounds what we ourselves keep under way on a socket.
 SOCKET_OUTSTANDING = 512
+
+
+class Busy(LinkDown):
+    """The other side is there and has no room for one more connection yet."""
 
 
 class Receiver(Protocol):

@@ -222,10 +222,14 @@ class RingTransport:
     def send(self, messages: Sequence[bytes]) -> None:
         if self._closed:
             return
+        waiting = bool(self._out)
         for message in messages:
             if message:
                 self._out.append(memoryview(message))
                 self._backlog += len(message)
+        if waiting:
+            # The other end kicks when it has made room; `on_event` goes on, and says when all is gone.
+            return
         try:
             wrote = self._push()
         except RingError as exc:

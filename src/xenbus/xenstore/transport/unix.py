@@ -10,10 +10,12 @@ import struct
 from collections.abc import Sequence
 
 from xenbus.errors import LinkDown
-from xenbus.xenstore.transport import SOCKET_OUTSTANDING, register
+from xenbus.xenstore.transport import SOCKET_OUTSTANDING, Busy, register
 from xenbus.xenstore.transport._stream import READ_SIZE, StreamTransport
 
 _TIMEVAL = struct.Struct("@ll")
+# Seconds that a listener has to accept a blocking caller.
+DIAL_TIMEOUT = 5.0
 
 
 class UnixTransport(StreamTransport):
@@ -53,9 +55,7 @@ class UnixPipe:
 
     def _limit(self, option: int, timeout: float) -> None:
         if timeout != self._limits[option]:
-            # Zero would mean for ever.
-            micros = max(1, int(timeout * 1e6))
-            self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(micros, 1_000_000)))
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _timeval(timeout))
             self._limits[option] = timeout
 
     def send(self, messages: Sequence[bytes], timeout: float) -> None:
@@ -77,15 +77,26 @@ class UnixPipe:
         self._sock.close()
 
 
-def dial(path: str) -> socket.socket:
-    """A connected socket. LinkDown, naming the path, if nobody listens there."""
+def dial(path: str, timeout: float = DIAL_TIMEOUT) -> socket.socket:
+    """A connected socket. LinkDown, naming the path, if nobody listens there; Busy, which is one, if nobody
+    accepts within `timeout` seconds."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # The kernel waits this long for room in the listener's queue; poll cannot be asked for that.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
         sock.connect(path)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
     except OSError as exc:
         sock.close()
+        if isinstance(exc, BlockingIOError):
+            raise Busy(f"no store at {path}: nobody accepts") from exc
         raise LinkDown(f"no store at {path}: {exc.strerror or exc}") from exc
     return sock
+
+
+def _timeval(seconds: float) -> bytes:
+    # Zero would mean for ever.
+    return _TIMEVAL.pack(*divmod(max(1, int(seconds * 1e6)), 1_000_000))
 
 
 def _name(sock: socket.socket) -> str:
@@ -93,4 +104,5 @@ def _name(sock: socket.socket) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name or "a socket pair")
 
 
-register("unix", lambda path: UnixTransport(dial(path)), lambda path: UnixPipe(dial(path)))
+# A loop must not stand still while somebody else does not accept: it gets Busy at once, and tries again.
+register("unix", lambda path: UnixTransport(dial(path, 0)), lambda path: UnixPipe(dial(path)))
