@@ -1,0 +1,585 @@
+"""The serving side of a disk: requests off a ring, checked, done on a storage, answered. No states, no store.
+
+Cached reads are done in the event channel's handler itself; what must wait (for pages to be mapped, for a
+disk) is a task. Nothing that a guest writes is believed: `_check` sees each transfer first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from xenbus.drivers.block import blkif
+from xenbus.drivers.block.blkif import (
+    BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    BLKIF_RSP_EOPNOTSUPP,
+    BLKIF_RSP_ERROR,
+    BLKIF_RSP_OKAY,
+    SECTOR_SHIFT,
+    SECTORS_PER_PAGE,
+    Abi,
+    Op,
+)
+from xenbus.drivers.block.storage import Storage, StorageError
+from xenbus.drivers.block.xbbd_grants import Grants, Run, grefs_of, whole_run
+from xenbus.errors import HypervisorError, PeerError, XenbusError
+from xenbus.hypervisor.interface import Channel
+from xenbus.ring.shared import BackRing
+
+READ: Final = int(Op.READ)
+WRITE: Final = int(Op.WRITE)
+WRITE_BARRIER: Final = int(Op.WRITE_BARRIER)
+FLUSH: Final = int(Op.FLUSH_DISKCACHE)
+DISCARD: Final = int(Op.DISCARD)
+INDIRECT: Final = int(Op.INDIRECT)
+
+# Requests taken at a time, and served before the loop gets its turn: a busy guest must not starve the others.
+BATCH: Final = 16
+WORK_PER_WAKEUP: Final = 64
+# So many sectors of cached reads weigh as much as a request, and are answered before the rest of the batch.
+SECTORS_PER_WORK: Final = 256
+MAX_INDIRECT_SEGMENTS: Final = 256
+
+
+class BadRequest(PeerError):
+    """The guest asked for something that cannot be. The request is answered with an error; others go on."""
+
+
+class Transfer:
+    """A read or write, its segments as words (of an indirect one: once `descriptors` are mapped).
+
+    count:  segments; total: sectors; whole: one run of whole pages with consecutive grefs
+    serial: of a write, by which a flush and a barrier know what came before them
+    """
+
+    __slots__ = ("count", "descriptors", "ident", "op", "sector", "serial", "total", "whole", "words")
+
+    def __init__(self, op: int, ident: int, sector: int, words: Sequence[int]) -> None:
+        self.op = op
+        self.ident = ident
+        self.sector = sector
+        self.words = words
+        self.count = len(words)
+        self.descriptors: tuple[int, ...] = ()
+        self.total = 0
+        self.whole = False
+        self.serial = 0
+
+
+class Counters:
+    """What a device did in its life, over all its connections."""
+
+    __slots__ = ("errors", "last_error", "requests", "sectors")
+
+    def __init__(self) -> None:
+        self.requests: dict[int, int] = dict.fromkeys(map(int, Op), 0)
+        self.sectors = {READ: 0, WRITE: 0}
+        self.errors = 0
+        self.last_error = ""
+
+
+class BackQueue:
+    """Requests of one connection.
+
+    max_indirect: segments of an indirect request that were offered; discard: whether that was
+    spawn:        starts a task of the device
+    on_fatal:     called once, with what the guest did to its ring; nothing more is read off it
+    """
+
+    def __init__(
+        self,
+        ring: BackRing,
+        abi: Abi,
+        storage: Storage,
+        grants: Grants,
+        counters: Counters,
+        *,
+        readonly: bool,
+        discard: bool,
+        max_indirect: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_fatal: Callable[[PeerError], None],
+    ) -> None:
+        self._ring = ring
+        self._abi = abi
+        self._storage = storage
+        self._grants = grants
+        self._counters = counters
+        self._readonly = readonly
+        self._discard = discard
+        self._max_indirect = max_indirect
+        self._spawn = spawn
+        self._on_fatal = on_fatal
+        self._channel: Channel | None = None
+        self._sectors = storage.size >> SECTOR_SHIFT
+        self._sector_mask = (storage.sector_size >> SECTOR_SHIFT) - 1
+        self._backlog: deque[bytes] = deque()
+        self._deferred: list[Transfer] = []
+        self._serial = 0
+        self._writes: set[int] = set()
+        self._drains: list[tuple[set[int], asyncio.Future[None]]] = []
+        self._barrier = False
+        self._stopped = False
+        self._released = False
+        self._in_kick = False
+        self._scheduled = False
+        self._push_scheduled = False
+        self._done_sectors = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._handlers: dict[int, Callable[[bytes], None]] = {
+            READ: self._take_rw,
+            WRITE: self._take_rw,
+            WRITE_BARRIER: self._take_rw,
+            INDIRECT: self._take_indirect,
+            FLUSH: self._take_flush,
+            DISCARD: self._take_discard,
+        }
+        self.inflight = 0
+
+    # -- its life
+
+    def start(self, channel: Channel) -> None:
+        """Serve from now on; what is on the ring already is served at once."""
+        self._channel = channel
+        self.kick()
+
+    async def pause(self, seconds: float) -> bool:
+        """Take nothing more and let what runs end. False if something still ran after that time."""
+        self._stopped = True
+        if self.inflight and seconds:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle], timeout=seconds)
+        return not self.inflight
+
+    def unpause(self) -> None:
+        """Take again, also what came meanwhile."""
+        self._stopped = False
+        self.kick()
+
+    async def stop(self, seconds: float) -> bool:
+        """`pause`, and let go of the ring for good."""
+        done = await self.pause(seconds)
+        self._released = True
+        self._ring.release()
+        return done
+
+    # -- taking requests
+
+    def kick(self) -> None:
+        """The event channel's handler."""
+        if self._stopped or self._barrier or self._scheduled or self._channel is None:
+            return
+        self._in_kick = True
+        try:
+            self._work(WORK_PER_WAKEUP)
+        except PeerError as error:
+            self._stopped = True
+            self._on_fatal(error)
+        finally:
+            self._in_kick = False
+
+    def _work(self, budget: int) -> None:
+        ring = self._ring
+        while True:
+            self._done_sectors = 0
+            if self._backlog:
+                requests: Sequence[bytes] = self._backlog
+                self._backlog = deque()
+            else:
+                requests = ring.take_requests(BATCH)
+            self._serve(requests)
+            if self._deferred:
+                self._begin_deferred()
+            self._push()
+            if self._barrier or self._stopped:
+                return
+            if not ring.final_check_for_requests():
+                return
+            budget -= len(requests) + self._done_sectors // SECTORS_PER_WORK
+            if budget <= 0:
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._again)
+                return
+
+    def _again(self) -> None:
+        self._scheduled = False
+        self.kick()
+
+    def _serve(self, requests: Sequence[bytes]) -> None:
+        handlers = self._handlers
+        for n, raw in enumerate(requests):
+            if self._barrier:
+                self._backlog.extend(list(requests)[n:])  # empty until now: these wait for the barrier
+                return
+            handler = handlers.get(raw[0])
+            try:
+                if handler is None:
+                    self._unsupported(raw, f"unknown operation {raw[0]}")
+                else:
+                    handler(raw)
+            except BadRequest as error:
+                self._failed(raw[0], self._abi.head.unpack_from(raw)[2], BLKIF_RSP_ERROR, str(error))
+
+    def _unsupported(self, raw: bytes, why: str) -> None:
+        self._failed(raw[0], self._abi.head.unpack_from(raw)[2], BLKIF_RSP_EOPNOTSUPP, why)
+
+    def _take_rw(self, raw: bytes) -> None:
+        abi = self._abi
+        op, count, _, ident, sector = abi.rw.unpack_from(raw)
+        if op == WRITE_BARRIER and not count:
+            self._take_empty_barrier(ident)
+            return
+        if not 1 <= count <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
+            raise BadRequest(f"{count} segments: 1 to {BLKIF_MAX_SEGMENTS_PER_REQUEST} it can be")
+        self._rw(Transfer(op, ident, sector, abi.words[count].unpack_from(raw, abi.segments_at)))
+
+    def _take_indirect(self, raw: bytes) -> None:
+        _, op, count, ident, sector, _, *grefs = self._abi.indirect.unpack_from(raw)
+        if op not in (READ, WRITE):
+            raise BadRequest(f"operation {op} in an indirect request: read or write it can be")
+        if not 1 <= count <= self._max_indirect:
+            raise BadRequest(f"{count} indirect segments: 1 to {self._max_indirect} they can be")
+        self._counters.requests[INDIRECT] += 1
+        transfer = Transfer(op, ident, sector, ())
+        transfer.count = count
+        transfer.descriptors = tuple(grefs[: blkif.indirect_pages(count)])
+        pages = [self._grants.exact((blkif.segment_word(gref),)) for gref in transfer.descriptors]
+        if None in pages:
+            if op == WRITE:
+                self._enter_write(transfer)
+            self._deferred.append(transfer)
+            return
+        try:
+            self._read_descriptors(transfer, [page for page in pages if page is not None])
+            self._rw(transfer)
+        except BadRequest as error:
+            self._failed(op, ident, BLKIF_RSP_ERROR, str(error))
+
+    @staticmethod
+    def _read_descriptors(transfer: Transfer, pages: Sequence[memoryview]) -> None:
+        """The guest can change its pages under us: one private copy, and only that is looked at."""
+        raw = b"".join(pages) if len(pages) > 1 else bytes(pages[0])
+        transfer.words = memoryview(raw)[: transfer.count * blkif.SEGMENT_SIZE].cast("Q").tolist()
+
+    def _check(self, transfer: Transfer) -> None:
+        """BadRequest, or `total` and `whole` are known. Every number that the guest wrote is looked at."""
+        words, mask = transfer.words, self._sector_mask
+        transfer.whole = whole_run(words)
+        total = len(words) * SECTORS_PER_PAGE
+        if not transfer.whole:
+            total = 0
+            for word in words:
+                first, last = word >> 32 & 0xFF, word >> 40 & 0xFF
+                if first > last or last >= SECTORS_PER_PAGE:
+                    raise BadRequest(f"sectors {first} to {last} of a page of {SECTORS_PER_PAGE}")
+                if (first | last + 1) & mask:
+                    raise BadRequest(f"sectors {first} to {last} of a page: no whole sectors of this disk")
+                total += last - first + 1
+        if transfer.sector & mask:
+            raise BadRequest(f"sector {transfer.sector}: no whole sector of this disk")
+        if transfer.sector + total > self._sectors:
+            raise BadRequest(f"{total} sectors at {transfer.sector}: the disk has {self._sectors}")
+        if transfer.op != READ and self._readonly:
+            raise BadRequest("a write to a read-only disk")
+        transfer.total = total
+
+    def _rw(self, transfer: Transfer) -> None:
+        """A transfer whose segments are known: a cached read is done now, all else is left for a task."""
+        self._check(transfer)
+        op = transfer.op
+        if op == READ:
+            try:
+                done = self._read_now(transfer)
+            except StorageError as error:
+                self._failed(op, transfer.ident, BLKIF_RSP_ERROR, str(error))
+                return
+            if done:
+                self._done_sectors += transfer.total
+                self._ok(transfer)
+                if self._done_sectors >= SECTORS_PER_WORK:
+                    self._push()
+                return
+        elif op == WRITE:
+            self._enter_write(transfer)
+        else:
+            self._barrier = True
+            self._begin(self._do_barrier(transfer, set(self._writes)))
+            return
+        self._deferred.append(transfer)
+
+    def _read_now(self, transfer: Transfer) -> bool:
+        """False: something would have to wait."""
+        words, offset = transfer.words, transfer.sector << SECTOR_SHIFT
+        if transfer.whole and (view := self._grants.exact(words)) is not None:
+            return self._storage.try_read_into(offset, view)
+        if self._grants.missing(grefs_of(words)):
+            return False
+        views, _ = self._grants.views(words)
+        try:
+            return self._storage.try_readv(offset, views)
+        finally:
+            for view in views:
+                view.release()
+
+    def _take_flush(self, raw: bytes) -> None:
+        op, _, ident = self._abi.head.unpack_from(raw)
+        self._begin(self._do_flush(op, ident, set(self._writes)))
+
+    def _take_empty_barrier(self, ident: int) -> None:
+        """A barrier without data: how blkfronts flush where there is a barrier and no flush."""
+        self._barrier = True
+        self._begin(self._do_barrier(Transfer(WRITE_BARRIER, ident, 0, ()), set(self._writes)))
+
+    def _take_discard(self, raw: bytes) -> None:
+        # BLKIF_DISCARD_SECURE, the flag, is ignored where discard-secure is 0 (blkif.h).
+        _, _, _, ident, sector, count = self._abi.discard.unpack_from(raw)
+        if not self._discard:
+            self._unsupported(raw, "a discard, which was not offered")
+            return
+        if self._readonly:
+            raise BadRequest("a discard on a read-only disk")
+        if not count or sector + count > self._sectors or (sector | count) & self._sector_mask:
+            raise BadRequest(f"discard of {count} sectors at {sector}: the disk has {self._sectors}")
+        transfer = Transfer(DISCARD, ident, sector, ())
+        transfer.total = count
+        self._enter_write(transfer)
+        self._begin(self._do_discard(transfer))
+
+    # -- tasks
+
+    def _begin(self, work: Coroutine[Any, Any, None], count: int = 1) -> None:
+        self.inflight += count
+        self._spawn(work)
+
+    def _begin_deferred(self) -> None:
+        """What is mapped goes on by itself; for all the rest of this wake-up there is one mapping."""
+        batch, self._deferred = self._deferred, []
+        unmapped = []
+        for transfer in batch:
+            if transfer.words and not self._grants.missing(grefs_of(transfer.words)):
+                self._begin(self._do(transfer, None))
+            else:
+                unmapped.append(transfer)
+        if unmapped:
+            self._begin(self._map_and_do(unmapped), len(unmapped))
+
+    async def _map_and_do(self, batch: Sequence[Transfer]) -> None:
+        indirect = [transfer for transfer in batch if not transfer.words]
+        plain = [transfer for transfer in batch if transfer.words]
+        if indirect:
+            plain += await self._fetch_descriptors(indirect)
+        for transfers, run in await self._map(plain):
+            if run is not None:
+                run.users += len(transfers)
+            for transfer in transfers:
+                self._spawn(self._do(transfer, run))
+
+    async def _fetch_descriptors(self, batch: Sequence[Transfer]) -> list[Transfer]:
+        """Those of them whose segments could be read and are good; the others are answered."""
+        good = []
+        for transfer in batch:
+            try:
+                run = await self._mapped(transfer.descriptors, writable=False)
+                words = [blkif.segment_word(gref) for gref in transfer.descriptors]
+                views, _ = self._grants.views(words, run)
+                try:
+                    self._read_descriptors(transfer, views)
+                finally:
+                    for view in views:
+                        view.release()
+                    if run is not None:
+                        await self._grants.done(run)
+                self._check(transfer)
+            except (HypervisorError, BadRequest) as error:
+                self._finish(transfer, BLKIF_RSP_ERROR, f"descriptors: {error}")
+            else:
+                good.append(transfer)
+        return good
+
+    async def _mapped(self, grefs: Sequence[int], *, writable: bool) -> Run | None:
+        """These pages are mapped from here on: for good (None), or in a run for once. HypervisorError."""
+        missing = self._grants.missing(grefs)
+        if not missing or await self._grants.keep(missing):
+            return None
+        return await self._grants.once(tuple(dict.fromkeys(grefs)), writable=writable)
+
+    async def _map(self, batch: list[Transfer]) -> list[tuple[Sequence[Transfer], Run | None]]:
+        """The pages of a batch. Kept ones request by request, so that each stays a run; others all in one."""
+        mapped: list[tuple[Sequence[Transfer], Run | None]] = []
+        if not self._grants.limit:
+            # Pages to read from are asked for read-only: more than that a front need not have granted.
+            reads = [transfer for transfer in batch if transfer.op == READ]
+            writes = [transfer for transfer in batch if transfer.op != READ]
+            batch = []
+            for part in filter(None, (reads, writes)):
+                grefs = dict.fromkeys(gref for transfer in part for gref in grefs_of(transfer.words))
+                try:
+                    mapped.append((part, await self._grants.once(tuple(grefs), writable=part is reads)))
+                except HypervisorError:
+                    batch += part  # one bad gref must not fail the others: one by one
+        for transfer in batch:
+            try:
+                run = await self._mapped(grefs_of(transfer.words), writable=transfer.op == READ)
+            except HypervisorError as error:
+                self._finish(transfer, BLKIF_RSP_ERROR, str(error))
+            else:
+                mapped.append(((transfer,), run))
+        return mapped
+
+    async def _do(self, transfer: Transfer, extra: Run | None) -> None:
+        """A mapped transfer, to its answer."""
+        status, why = await self._transfer(transfer, extra)
+        if extra is not None:
+            extra.users -= 1
+            if not extra.users:
+                await self._grants.done(extra)
+        self._finish(transfer, status, why)
+
+    async def _transfer(self, transfer: Transfer, extra: Run | None) -> tuple[int, str]:
+        grants = self._grants
+        try:
+            views, runs = grants.views(transfer.words, extra, whole=transfer.whole)
+        except KeyError:
+            # Kept, and thrown out again for another request before this one had its turn: map it for once.
+            return await self._transfer_once(transfer)
+        grants.hold(runs)
+        try:
+            await self._move(transfer, views)
+        except (XenbusError, OSError) as error:
+            return _status(error), str(error)
+        finally:
+            for view in views:
+                view.release()
+            grants.let_go(runs)
+        return BLKIF_RSP_OKAY, ""
+
+    async def _transfer_once(self, transfer: Transfer) -> tuple[int, str]:
+        grefs = tuple(dict.fromkeys(grefs_of(transfer.words)))
+        try:
+            run = await self._grants.once(grefs, writable=transfer.op == READ)
+        except HypervisorError as error:
+            return BLKIF_RSP_ERROR, str(error)
+        try:
+            return await self._transfer(transfer, run)
+        finally:
+            await self._grants.done(run)
+
+    async def _move(self, transfer: Transfer, views: list[memoryview]) -> None:
+        storage, offset = self._storage, transfer.sector << SECTOR_SHIFT
+        if transfer.op != READ:
+            await storage.writev(offset, views)
+        elif not storage.try_readv(offset, views):
+            await storage.readv(offset, views)
+
+    async def _do_barrier(self, transfer: Transfer, writes: set[int]) -> None:
+        """Everything before it, then itself, then a flush; only then what comes after it."""
+        await self._drained(writes)
+        status, why = BLKIF_RSP_OKAY, ""
+        if transfer.words:
+            status, why = BLKIF_RSP_ERROR, "its pages cannot be mapped"
+            try:
+                extra = await self._mapped(grefs_of(transfer.words), writable=False)
+            except HypervisorError as error:
+                why = str(error)
+            else:
+                status, why = await self._transfer(transfer, extra)
+                if extra is not None:
+                    await self._grants.done(extra)
+        if status == BLKIF_RSP_OKAY:
+            status, why = await self._settled(self._storage.flush())
+        self._finish(transfer, status, why)
+        self._barrier = False
+        self.kick()
+
+    async def _do_flush(self, op: int, ident: int, writes: set[int]) -> None:
+        """Covers the writes that were taken before it, answered or not; later ones need not wait."""
+        await self._drained(writes)
+        status, why = await self._settled(self._storage.flush())
+        self._finish(Transfer(op, ident, 0, ()), status, why)
+
+    async def _do_discard(self, transfer: Transfer) -> None:
+        discard = self._storage.discard(transfer.sector << SECTOR_SHIFT, transfer.total << SECTOR_SHIFT)
+        status, why = await self._settled(discard)
+        self._finish(transfer, status, why)
+
+    @staticmethod
+    async def _settled(work: Coroutine[Any, Any, object]) -> tuple[int, str]:
+        try:
+            await work
+        except (XenbusError, OSError) as error:
+            return _status(error), str(error)
+        return BLKIF_RSP_OKAY, ""
+
+    # -- the order of writes
+
+    def _enter_write(self, transfer: Transfer) -> None:
+        if not transfer.serial:
+            self._serial += 1
+            transfer.serial = self._serial
+            self._writes.add(self._serial)
+
+    async def _drained(self, writes: set[int]) -> None:
+        """Until these writes are answered."""
+        writes &= self._writes
+        if writes:
+            drained = asyncio.get_running_loop().create_future()
+            self._drains.append((writes, drained))
+            await drained
+
+    def _leave_write(self, serial: int) -> None:
+        self._writes.discard(serial)
+        for entry in list(self._drains):
+            writes, drained = entry
+            writes.discard(serial)
+            if not writes:
+                self._drains.remove(entry)
+                if not drained.done():
+                    drained.set_result(None)
+
+    # -- answers
+
+    def _finish(self, transfer: Transfer, status: int, why: str = "") -> None:
+        """The end of what was left for a task."""
+        self.inflight -= 1
+        if transfer.serial:
+            self._leave_write(transfer.serial)
+        if not self._released:
+            if status == BLKIF_RSP_OKAY:
+                self._ok(transfer)
+            else:
+                self._failed(transfer.op, transfer.ident, status, why)
+            if not self._in_kick and not self._push_scheduled:
+                self._push_scheduled = True
+                asyncio.get_running_loop().call_soon(self._push)
+        if not self.inflight and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _ok(self, transfer: Transfer) -> None:
+        op = transfer.op
+        counters = self._counters
+        counters.requests[op] += 1
+        if op <= WRITE_BARRIER:
+            counters.sectors[op and WRITE] += transfer.total
+        self._answer(op, transfer.ident, BLKIF_RSP_OKAY)
+
+    def _failed(self, op: int, ident: int, status: int, why: str) -> None:
+        self._counters.errors += 1
+        self._counters.last_error = why
+        self._answer(op, ident, status)
+
+    def _answer(self, op: int, ident: int, status: int) -> None:
+        ring = self._ring
+        self._abi.response.pack_into(ring.slots, ring.response_offset(), ident, op, status)
+        ring.commit_response()
+
+    def _push(self) -> None:
+        self._push_scheduled = False
+        if not self._released and self._ring.push_responses() and self._channel is not None:
+            self._channel.notify()
+
+
+def _status(error: Exception) -> int:
+    unsupported = isinstance(error, StorageError) and error.name == "EOPNOTSUPP"
+    return BLKIF_RSP_EOPNOTSUPP if unsupported else BLKIF_RSP_ERROR

@@ -1,0 +1,325 @@
+"""xbd, the front half of a `vbd`: the handshake of blkif.h, and the disk that comes of it.
+
+Knows its device, its peer's keys and the queue that it connects; requests are xbd_io's, pages xbd_pool's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar
+
+from xenbus.bus import Feature, Merge, XenbusDevice, XenbusDriver, XenbusState, front_driver, negotiate
+from xenbus.bus.operations import Operation
+from xenbus.drivers.block import blkif
+from xenbus.drivers.block.disk import Disk, Geometry
+from xenbus.drivers.block.operations import DiskOperations
+from xenbus.drivers.block.xbd_io import OP_NAMES, WRITE_BARRIER, Connection, Queue
+from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin, Pool
+from xenbus.errors import LinkDown, PeerError, UsageError, XenbusError
+from xenbus.hypervisor.interface import Channel, GrantedPages
+from xenbus.ring.shared import FrontRing
+
+# Seconds for the back end to answer what is in flight when either side closes, or when we are suspended.
+DRAIN_TIMEOUT = 5.0
+
+RING_ORDER = Feature("ring-page-order", Merge.LEAST, key="ring-page-order", peer_key="max-ring-page-order")
+FEATURES = (
+    RING_ORDER,
+    Feature("persistent", Merge.BOTH, peer_key="feature-persistent"),
+    Feature("indirect-segments", Merge.LEAST, peer_key="feature-max-indirect-segments"),
+    Feature("flush", Merge.BOTH, peer_key="feature-flush-cache"),
+    Feature("barrier", Merge.BOTH, peer_key="feature-barrier"),
+    Feature("discard", Merge.BOTH, peer_key="feature-discard"),
+)
+
+
+def number(raw: bytes) -> int:
+    """A decimal number as the peer wrote it, below 2**64. ValueError."""
+    if not raw.isdigit() or len(raw) > 20:
+        raise ValueError(f"{raw[:32]!r} is not a number")
+    return int(raw)
+
+
+@front_driver("vbd")
+class Xbd(XenbusDriver):
+    """Its `disk` is there from the start; I/O on it waits for the connection.
+
+    abi, ring_page_order, persistent, indirect_segments: what this front offers
+    """
+
+    name = "xbd"
+    description = "Virtual Block Device"
+    deadline = 60.0
+
+    abi: ClassVar[blkif.Abi] = blkif.NATIVE
+    ring_page_order: ClassVar[int] = 1
+    persistent: ClassVar[bool] = True
+    indirect_segments: ClassVar[int] = MAX_SEGMENTS
+
+    @classmethod
+    def unit(cls, dev: XenbusDevice) -> int | None:
+        """The disk's number for an xvd*, as FreeBSD's xbd; others take what is free."""
+        try:
+            prefix, disk, _ = blkif.vdev_parts(int(dev.id))
+        except (UsageError, ValueError):
+            return None
+        return disk if prefix == "xvd" else None
+
+    def __init__(self, dev: XenbusDevice) -> None:
+        super().__init__(dev)
+        self.queue = Queue(self._broken, self._grow)
+        self.disk = Disk(dev.nameunit, self.queue, lambda: dev.otherend)
+        self._handle = 0
+        self._ring: FrontRing | None = None
+        self._pages: GrantedPages | None = None
+        self._channel: Channel | None = None
+        self._operations: DiskOperations | None = None
+        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
+            XenbusState.INIT_WAIT: self._initialise,
+            XenbusState.INITIALISED: self._initialise,
+            XenbusState.CONNECTED: self._connect,
+            XenbusState.CLOSING: self._closing,
+            XenbusState.CLOSED: self._closed,
+        }
+
+    # -- callbacks of the bus
+
+    async def attach(self) -> None:
+        self._handle = (await self.dev.gather({"virtual-device": number}))["virtual-device"]
+
+    async def otherend_changed(self, state: XenbusState) -> None:
+        act = self._states.get(state)
+        if act is not None:
+            await act()
+
+    async def suspend(self) -> None:
+        """Nothing new goes out; what is in flight is waited for, since a back end that is slow to die could
+        otherwise still write it after the next one has. What does not come goes out again after a resume."""
+        self.queue.held = True
+        self.disk.hold()
+        await self._drain(DRAIN_TIMEOUT)
+
+    async def resume(self, cancelled: bool) -> None:
+        if not cancelled:
+            self.queue.disconnect()
+            if self._ring is not None:
+                self._ring.release()
+            # Pages and channel went with the old life of this domain: there is nothing to give back.
+            self._ring = self._pages = self._channel = None
+        self.queue.held = False
+        self.disk.go_on()
+        self.queue.pump()
+
+    async def detach(self) -> None:
+        dev = self.dev
+        if self._operations is not None:
+            await self._operations.close()
+        if not dev.gone and dev.state is not XenbusState.CLOSED:
+            await self._close(LinkDown(f"{dev.nameunit} is being detached"), DRAIN_TIMEOUT)
+        await self._tear_down(LinkDown(f"{dev.nameunit} is gone"))
+
+    def sysctl(self) -> Mapping[str, Callable[[], object]]:
+        queue = self.queue
+        leaves: dict[str, Callable[[], object]] = {
+            "ring_pages": lambda: len(self._pages.refs) if self._pages is not None else 0,
+            "data_pages": lambda: queue.connection.pool.pages if queue.connection is not None else 0,
+            "inflight": lambda: queue.inflight,
+            "waiting": lambda: queue.waiting,
+            "errors": lambda: queue.errors,
+        }
+        for op, name in OP_NAMES.items():
+            leaves[f"requests_{name.replace(' ', '_')}"] = lambda op=op: queue.requests[op]  # type: ignore[misc]
+        return leaves
+
+    def operations(self) -> Mapping[str, Operation]:
+        """See xenbus.bus.operations."""
+        if self._operations is None:
+            self._operations = DiskOperations(self.disk)
+        return self._operations.table()
+
+    # -- the handshake
+
+    async def _initialise(self) -> None:
+        """The back end's limits are known: make a ring and publish it."""
+        dev = self.dev
+        if dev.state is not XenbusState.INITIALISING or self._ring is not None:
+            return
+        theirs = await self._features_of((RING_ORDER,))
+        order = negotiate((RING_ORDER,), {RING_ORDER.name: self.ring_page_order}, theirs).number(
+            RING_ORDER.name
+        )
+        self._pages = await dev.grant_ring(1 << order)
+        self._ring = FrontRing(self._pages.view, self.abi.request_size, self.abi.response_size)
+        self._ring.init()
+        self._channel = await dev.alloc_evtchn(self.queue.kick)
+        refs = self._pages.refs
+        values: dict[str, object] = {
+            "event-channel": self._channel.port,
+            "protocol": self.abi.name,
+            "feature-persistent": self.persistent,
+            "ring-page-order": order,
+        }
+        if order:
+            values["num-ring-pages"] = len(refs)  # the same in the older scheme (blkif.h, note 3)
+            values.update((f"ring-ref{n}", ref) for n, ref in enumerate(refs))
+        else:
+            values["ring-ref"] = refs[0]
+        await dev.set_state(XenbusState.INITIALISED, values)
+
+    async def _connect(self) -> None:
+        """The back end serves our ring: learn the disk. When connected already: it may have a new size."""
+        dev = self.dev
+        await self._initialise()  # a back end may skip InitWait (blkif.h, state diagrams)
+        if dev.state is XenbusState.CONNECTED:
+            self.disk.now_connected(await self._geometry())
+            return
+        if dev.state is not XenbusState.INITIALISED or self._ring is None or self._channel is None:
+            return
+        geometry = await self._geometry()
+        agreed = dev.features
+        assert agreed is not None
+        segments = max(agreed.number("indirect-segments"), blkif.BLKIF_MAX_SEGMENTS_PER_REQUEST)
+        pool = Pool(dev.grant_ring, dev.revoke, self._ring.size, min(segments, MAX_SEGMENTS))
+        connection = Connection(
+            self._ring, self._channel, self.abi, pool, min(segments, MAX_SEGMENTS), self._handle
+        )
+        if not geometry.flush and geometry.barrier:
+            self.queue.flush_op = WRITE_BARRIER
+        if await dev.set_state(XenbusState.CONNECTED):
+            self.disk.now_connected(geometry)
+            self.queue.connect(connection)
+
+    async def _features_of(self, features: tuple[Feature, ...]) -> dict[str, str | None]:
+        keys = [feature.peer_key for feature in features]
+        found = await self.dev.otherend_gather(dict.fromkeys(keys, _text), dict.fromkeys(keys))
+        return dict(found)
+
+    async def _geometry(self) -> Geometry:
+        """The peer's word on the disk, checked. PeerError."""
+        ours = {
+            "ring-page-order": self.ring_page_order,
+            "persistent": int(self.persistent),
+            "indirect-segments": self.indirect_segments,
+            "flush": 1,
+            "barrier": 1,
+            "discard": 1,
+        }
+        agreed = negotiate(FEATURES, ours, await self._features_of(FEATURES))
+        self.dev.features = agreed
+        wanted = ("sectors", "sector-size", "info", "physical-sector-size")
+        grain = ("discard-granularity", "discard-alignment")
+        said = await self.dev.otherend_gather(
+            dict.fromkeys((*wanted, *grain), number),
+            {
+                "sector-size": blkif.SECTOR_SIZE,
+                "info": 0,
+                "physical-sector-size": 0,
+                **dict.fromkeys(grain, 0),
+            },
+        )
+        sector = said["sector-size"]
+        if sector < blkif.SECTOR_SIZE or sector > blkif.PAGE_SIZE or sector & (sector - 1):
+            raise PeerError(f"sector-size {sector}: not a power of two from 512 to {blkif.PAGE_SIZE}")
+        size = said["sectors"] << blkif.SECTOR_SHIFT  # in 512 bytes, whatever sector-size says
+        geometry = Geometry(
+            size // sector * sector, sector, readonly=bool(said["info"] & blkif.VDISK_READONLY)
+        )
+        geometry.physical_sector_size = said["physical-sector-size"] or sector
+        geometry.flush = bool(agreed["flush"])
+        geometry.barrier = bool(agreed["barrier"])
+        geometry.discard = bool(agreed["discard"])
+        granularity = said["discard-granularity"] or sector
+        if granularity % sector or said["discard-alignment"] % sector:
+            geometry.discard = False  # no whole granule has whole sectors
+        else:
+            geometry.discard_granularity = granularity
+            geometry.discard_alignment = said["discard-alignment"] % granularity
+        return geometry
+
+    async def _closing(self) -> None:
+        await self._close(
+            LinkDown(f"{self.dev.nameunit}: the back end ({self.dev.otherend}) closed it"), DRAIN_TIMEOUT
+        )
+
+    async def _closed(self) -> None:
+        """Closed, or its node is gone: nobody will answer any more."""
+        if self.dev.state is not XenbusState.INITIALISING:
+            await self._close(LinkDown(f"{self.dev.nameunit}: the back end ({self.dev.otherend}) is gone"), 0)
+
+    # -- the end
+
+    async def _close(self, why: XenbusError, drain: float) -> None:
+        dev = self.dev
+        if dev.state is XenbusState.CLOSED:
+            return
+        await dev.set_state(XenbusState.CLOSING)
+        self.queue.held = True
+        if drain:
+            await self._drain(drain)
+        await self._tear_down(why)
+        await dev.set_state(XenbusState.CLOSED)
+
+    async def _drain(self, seconds: float) -> None:
+        """Until nothing is on the ring, or the time is over."""
+        queue = self.queue
+        if not queue.inflight:
+            return
+        idle = asyncio.get_running_loop().create_future()
+
+        def on_idle() -> None:
+            if not idle.done():
+                idle.set_result(None)
+
+        queue.on_idle = on_idle
+        try:
+            await asyncio.wait([idle], timeout=seconds)
+        finally:
+            queue.on_idle = None
+
+    async def _tear_down(self, why: XenbusError) -> None:
+        """Every caller is told, every page and port given back. Idempotent."""
+        dev = self.dev
+        self.disk.now_gone(why)
+        connection = self.queue.disconnect()
+        self.queue.fail(why)
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await dev.close_evtchn(channel)
+        if connection is not None:
+            await connection.pool.close()
+        ring, pages = self._ring, self._pages
+        self._ring = self._pages = None
+        if ring is not None:
+            ring.release()
+        if pages is not None:
+            await dev.revoke(pages)
+
+    # -- what the queue asks for
+
+    def _broken(self, error: PeerError) -> None:
+        """The back end put nonsense on the ring: nothing it says there is believed any more."""
+        self.disk.now_gone(error)
+        connection = self.queue.disconnect()
+        self.queue.fail(error)
+        self.dev.spawn(self._give_up(error, connection), name=f"{self.dev.nameunit} gives up")
+
+    async def _give_up(self, error: PeerError, connection: Connection | None) -> None:
+        await self.dev.fatal(error)
+        if connection is not None:
+            await connection.pool.close()
+
+    def _grow(self, connection: Connection, wanted: Bin) -> None:
+        self.dev.spawn(self._grow_pool(connection, wanted), name=f"{self.dev.nameunit} grows its pool")
+
+    async def _grow_pool(self, connection: Connection, wanted: Bin) -> None:
+        error: XenbusError | None = None
+        try:
+            await connection.pool.grow(wanted)
+        except XenbusError as raised:
+            error = raised
+        self.queue.grown(error)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
