@@ -1,4 +1,4 @@
-"""The real engine behind every kind of transport, and both clients behind one set of async methods."""
+"""The real daemon behind every kind of transport, and both clients behind one set of async methods."""
 
 from __future__ import annotations
 
@@ -8,93 +8,73 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from xenbus.hypervisor.embedded import Machine
 from xenbus.xenstore.client import Client
-from xenbus.xenstore.engine.engine import Engine
+from xenbus.xenstore.daemon.server import Daemon
+from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.memory import memory_pair
 from xenbus.xenstore.transport.ringpage import Feature, RingPipe, RingTransport, Side
 from xenbus.xenstore.transport.unix import UnixPipe, UnixTransport
-from xenbus.xenstore.wire.message import Parser
 
-
-class Served:
-    """One connection of the engine, at the daemon's end of a transport."""
-
-    def __init__(self, store: Store, transport: Any, domid: int) -> None:
-        self.store = store
-        self.transport = transport
-        self.conn = store.engine.connect(domid)
-        self.parser = Parser()
-        self.lost: list[Exception | None] = []
-        store.by_conn[self.conn] = self
-        transport.start(self)
-
-    def data_received(self, data: bytes | memoryview) -> None:
-        for message in self.parser.feed(data):
-            self.store.engine.handle(self.conn, message)
-        self.store.flush(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost.append(exc)
-        self.store.engine.disconnect(self.conn)
-        self.store.by_conn.pop(self.conn, None)
-        self.store.flush()
-
-    def drained(self) -> None:
-        self.flush()
-
-    def flush(self) -> None:
-        if not self.transport.backlog and (data := self.conn.take()):
-            self.transport.send([data])
-
-    def reset(self) -> None:
-        """The guest reconnected its ring."""
-        self.parser = Parser()
-        self.store.engine.reset(self.conn)
+GUESTS = (5, 6)
 
 
 class Store:
-    """An engine and whoever is connected to it."""
+    """The daemon on an in-process machine with two guests that are not introduced yet."""
 
     def __init__(self) -> None:
-        self.engine = Engine()
-        for domid in (5, 6):
-            self.engine.domain(domid)  # the hypervisor has them
-        self.by_conn: dict[Any, Served] = {}
+        self.machine = Machine()
+        self.hv = self.machine.domain(0)
+        self.daemon = Daemon(self.hv)
+        self.engine = self.daemon.engine
+        self.guests = {domid: self.machine.domain(domid) for domid in GUESTS}
 
-    def flush(self, *also: Served) -> None:
-        for conn in self.engine.take_dirty():
-            if conn in self.by_conn:
-                self.by_conn[conn].flush()
-        for served in also:
-            served.flush()
+    async def close(self) -> None:
+        await self.daemon.close()
+        for hv in (*self.guests.values(), self.hv):
+            await hv.close()
+        await asyncio.sleep(0)
 
-    async def link(self, kind: str, domid: int = 0, **options: Any) -> tuple[Client, Served]:
-        """A client over a transport of this kind."""
-        near, served = self.transport(kind, domid)
-        return await Client.connect(near, **options), served
+    def port(self, domid: int) -> int:
+        """What INTRODUCE takes."""
+        return self.machine.store_port(domid)
 
-    def transport(self, kind: str, domid: int = 0) -> tuple[Any, Served]:
-        """(the client's end, the served end)."""
+    def serve(self, transport: Any, domid: int = 0) -> Session:
+        """The daemon at the far end of any transport."""
+        session = self.daemon.open_session(domid, transport)
+        session.start()
+        return session
+
+    async def link(self, kind: str, domid: int = 0, **options: Any) -> tuple[Client, Session]:
+        """A client over a transport of this kind, and the daemon's side of it."""
+        near, session = self.transport(kind, domid)
+        return await Client.connect(near, **options), session
+
+    def transport(self, kind: str, domid: int = 0) -> tuple[Any, Session]:
+        """(the client's end, the daemon's side)."""
         if kind == "unix":
             a, b = socket.socketpair()
-            return UnixTransport(a), Served(self, UnixTransport(b), domid)
-        if kind == "memory":
-            near, far = memory_pair()
-            return near, Served(self, far, domid)
-        assert kind == "ring", kind
-        near, far = ring_pair()
-        served = Served(self, far, domid)
-        far._on_reconnect = served.reset
-        return near, served
+            return UnixTransport(a), self.serve(UnixTransport(b), domid)
+        near, far = memory_pair() if kind == "memory" else ring_pair()
+        return near, self.serve(far, domid)
 
-    def blocking(self, kind: str, domid: int = 0, **options: Any) -> tuple[SyncClient, Served]:
+    def blocking(self, kind: str, domid: int = 0, **options: Any) -> tuple[SyncClient, Session]:
         """A blocking client: its calls belong into another thread than the loop's."""
         if kind == "unix":
             a, b = socket.socketpair()
-            return SyncClient(UnixPipe(a), **options), Served(self, UnixTransport(b), domid)
+            return SyncClient(UnixPipe(a), **options), self.serve(UnixTransport(b), domid)
         pipe, far = blocking_ring()
-        return SyncClient(pipe, **options), Served(self, far, domid)
+        return SyncClient(pipe, **options), self.serve(far, domid)
+
+    async def guest(self, other: Client, domid: int = 5, **options: Any) -> Client:
+        """A guest as it really comes: its own ring page and channel, introduced by domain 0."""
+        ends: list[RingTransport] = []
+        info = await self.guests[domid].start_info(lambda: [end.on_event() for end in ends] and None)
+        ends.append(RingTransport(info.store_page, info.store_channel.notify, Side.GUEST, "xenstored"))
+        client = await Client.connect(ends[0], **options)
+        await other.introduce(domid, 0, self.port(domid))
+        return client
 
 
 def ring_pair(

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from tests.support.store_links import Served, Store
+from tests.support.store_links import Store
 
 from xenbus.errors import (
     Conflict,
@@ -23,6 +23,7 @@ from xenbus.errors import (
     UsageError,
 )
 from xenbus.xenstore.client import Client
+from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.events import MAX_EVENTS
 from xenbus.xenstore.session import RetryPolicy
 from xenbus.xenstore.transport.memory import memory_pair
@@ -30,7 +31,7 @@ from xenbus.xenstore.transport.unix import UnixTransport
 from xenbus.xenstore.wire.message import Message, Op, Parser, encode
 
 
-def with_store(test: Callable[[Client, Served, Store], Awaitable[None]]) -> Callable[[], None]:
+def with_store(test: Callable[[Client, Session, Store], Awaitable[None]]) -> Callable[[], None]:
     """`test(client, served, store)` over the in-process transport; nothing may be left behind."""
 
     def run() -> None:
@@ -47,6 +48,7 @@ def with_store(test: Callable[[Client, Served, Store], Awaitable[None]]) -> Call
                         assert not served.conn.transactions
             finally:
                 await client.close()
+                await store.close()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             assert not others
 
@@ -133,7 +135,7 @@ def test_a_store_killed_in_a_request_fails_every_waiter_at_once() -> None:
 
 
 @with_store
-async def test_closing_here_is_no_loss(client: Client, served: Served, store: Store) -> None:
+async def test_closing_here_is_no_loss(client: Client, served: Session, store: Store) -> None:
     lost: list[Exception] = []
     client.on_lost(lost.append)
     waiting = asyncio.create_task(client.wait_for("/a", lambda value: False, 30))
@@ -145,7 +147,7 @@ async def test_closing_here_is_no_loss(client: Client, served: Served, store: St
     client.on_lost(lost.append)
     await asyncio.sleep(0)
     assert lost == []
-    assert served.lost
+    assert served.closed
 
 
 @with_script
@@ -211,7 +213,7 @@ async def test_concurrent_requests_share_a_write_and_a_timer(client: Client, scr
 
 
 @with_store
-async def test_a_watch_costs_little(client: Client, served: Served, store: Store) -> None:
+async def test_a_watch_costs_little(client: Client, served: Session, store: Store) -> None:
     def callback(path: str) -> None:
         pass
 
@@ -239,7 +241,7 @@ async def test_a_watch_costs_little(client: Client, served: Served, store: Store
 
 
 @with_store
-async def test_a_store_that_hangs_is_met_by_deadlines(client: Client, served: Served, store: Store) -> None:
+async def test_a_store_that_hangs_is_met_by_deadlines(client: Client, served: Session, store: Store) -> None:
     client.timeout = 0.03
     served.transport.pause(True)
     results = await asyncio.gather(
@@ -260,7 +262,7 @@ async def test_a_store_that_hangs_is_met_by_deadlines(client: Client, served: Se
 
 
 @with_store
-async def test_a_shorter_deadline_set_later_holds(client: Client, served: Served, store: Store) -> None:
+async def test_a_shorter_deadline_set_later_holds(client: Client, served: Session, store: Store) -> None:
     served.transport.pause(True)
     slow = asyncio.create_task(client.read("/"))
     await asyncio.sleep(0)
@@ -277,7 +279,7 @@ async def test_a_shorter_deadline_set_later_holds(client: Client, served: Served
 
 
 @with_store
-async def test_a_cancelled_wait_leaves_nothing(client: Client, served: Served, store: Store) -> None:
+async def test_a_cancelled_wait_leaves_nothing(client: Client, served: Session, store: Store) -> None:
     """At every moment of a watch, a transaction and a read: cancelled after any number of loop turns."""
 
     async def work(tx: Any) -> None:
@@ -324,7 +326,7 @@ async def test_a_reply_after_the_cancellation_is_dropped(client: Client, script:
 
 
 @with_store
-async def test_a_closed_watch_is_silent_at_once(client: Client, served: Served, store: Store) -> None:
+async def test_a_closed_watch_is_silent_at_once(client: Client, served: Session, store: Store) -> None:
     heard: list[str] = []
     watch = await client.watch("/w", heard.append)
     await client.write("/w", "1")
@@ -336,7 +338,7 @@ async def test_a_closed_watch_is_silent_at_once(client: Client, served: Served, 
 
 
 @with_store
-async def test_a_callback_that_raises_harms_nobody(client: Client, served: Served, store: Store) -> None:
+async def test_a_callback_that_raises_harms_nobody(client: Client, served: Session, store: Store) -> None:
     heard: list[str] = []
     bad = await client.watch("/w", lambda path: 1 / 0)
     good = await client.watch("/w", heard.append)
@@ -347,7 +349,7 @@ async def test_a_callback_that_raises_harms_nobody(client: Client, served: Serve
 
 
 @with_store
-async def test_a_refused_watch_is_none(client: Client, served: Served, store: Store) -> None:
+async def test_a_refused_watch_is_none(client: Client, served: Session, store: Store) -> None:
     with pytest.raises(StoreError, match="EINVAL"):
         await client.watch("/a/", print)
     guest, guest_end = await store.link("memory", 5)
@@ -366,7 +368,7 @@ async def test_a_refused_watch_is_none(client: Client, served: Served, store: St
 
 
 @with_store
-async def test_events_coalesce_and_are_bounded(client: Client, served: Served, store: Store) -> None:
+async def test_events_coalesce_and_are_bounded(client: Client, served: Session, store: Store) -> None:
     async with client.events("/e") as paths:
         assert await anext(paths) == "/e"
         for _ in range(3):
@@ -381,7 +383,7 @@ async def test_events_coalesce_and_are_bounded(client: Client, served: Served, s
 
 
 @with_store
-async def test_events_end_with_the_link(client: Client, served: Served, store: Store) -> None:
+async def test_events_end_with_the_link(client: Client, served: Session, store: Store) -> None:
     async with client.events("/e") as paths:
         assert await anext(paths) == "/e"
         waiting = asyncio.create_task(anext(paths))
@@ -409,7 +411,7 @@ async def test_only_what_started_is_aborted(client: Client, script: Script) -> N
 
 
 @with_store
-async def test_a_conflict_that_never_ends_is_given_up(client: Client, served: Served, store: Store) -> None:
+async def test_a_conflict_that_never_ends_is_given_up(client: Client, served: Session, store: Store) -> None:
     runs = 0
 
     async def collide(tx: Any) -> None:
@@ -426,7 +428,7 @@ async def test_a_conflict_that_never_ends_is_given_up(client: Client, served: Se
 
 
 @with_store
-async def test_many_contend_and_all_succeed(client: Client, served: Served, store: Store) -> None:
+async def test_many_contend_and_all_succeed(client: Client, served: Session, store: Store) -> None:
     other, _ = await store.link("memory", max_transactions=3)
     await client.write("/n", "0")
 
@@ -439,7 +441,7 @@ async def test_many_contend_and_all_succeed(client: Client, served: Served, stor
 
 
 @with_store
-async def test_transactions_take_turns(client: Client, served: Served, store: Store) -> None:
+async def test_transactions_take_turns(client: Client, served: Session, store: Store) -> None:
     most = 0
 
     async def work(tx: Any) -> None:
@@ -463,13 +465,13 @@ async def test_transactions_take_turns(client: Client, served: Served, store: St
 
 
 @with_store
-async def test_a_guest_sees_its_own_home_and_no_other(client: Client, served: Served, store: Store) -> None:
+async def test_a_guest_sees_its_own_home_and_no_other(client: Client, served: Session, store: Store) -> None:
     await client.write("/local/domain/5/name", "guest")
     await client.set_perms("/local/domain/5", ["n5"])
     await client.set_perms("/local/domain/5/name", ["n5"])
     await client.write("/secret", "1")
     await client.set_perms("/secret", ["n0"])
-    guest, _ = await store.link("ring", 5)
+    guest = await store.guest(client)
     assert await guest.read("name") == b"guest"
     heard: list[str] = []
     await guest.watch("device", heard.append)
@@ -484,3 +486,4 @@ async def test_a_guest_sees_its_own_home_and_no_other(client: Client, served: Se
     with pytest.raises(Denied):
         await guest.control("help")
     await guest.close()
+    await client.release(5)

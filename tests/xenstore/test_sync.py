@@ -32,12 +32,11 @@ def served(
         store = Store()
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-        client, far = store.blocking("unix", timeout=timeout)
-        box.update(client=client, store=store, far=far, loop=loop, stop=lambda: stop.set())
+        client, _ = store.blocking("unix", timeout=timeout)
+        box.update(client=client, store=store, loop=loop, stop=lambda: stop.set())
         ready.set()
         await stop.wait()
-        far.transport.close()
-        await asyncio.sleep(0)
+        await store.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
@@ -47,7 +46,7 @@ def served(
     def run(function: Callable[[Store], object]) -> object:
         async def call() -> object:
             result = function(store)
-            store.flush(*store.by_conn.values())
+            store.daemon.flush()
             return result
 
         return asyncio.run_coroutine_threadsafe(call(), loop).result(5)
@@ -113,12 +112,11 @@ def test_an_event_wakes_a_poll() -> None:
     with served() as (client, run):
         watch = client.watch("/w")
         assert client.poll_watch(1) == (watch, "/w")
-        timer = threading.Timer(0.02, run, [lambda store: store.engine.fire_special(b"@x", 1)])
         assert client.poll_watch(0.01) is None
         other = client.watch("@releaseDomain")
         assert client.poll_watch(1) == (other, "@releaseDomain")
-        client.introduce(5, 0, 1)
-        timer = threading.Timer(0.02, run, [lambda store: store.engine.domain_died(5)])
+        client.introduce(5, 0, run(lambda store: store.port(5)))
+        timer = threading.Timer(0.02, run, [lambda store: store.machine.kill(5)])
         timer.start()
         assert client.poll_watch(5) == (other, "@releaseDomain")
         timer.join()
@@ -287,7 +285,9 @@ def test_only_what_started_is_aborted_and_conflicts_are_bounded() -> None:
             client.transaction(collide, policy=RetryPolicy(attempts=3, base=0.001, cap=0.002))
         assert len(runs) == 3
         assert client.counts()["transactions"] == 0
-        assert run(lambda store: sum(len(conn.transactions) for conn in store.by_conn)) == 0
+        assert (
+            run(lambda store: sum(len(conn.transactions) for conn in store.engine.domain(0).connections)) == 0
+        )
 
 
 def test_addresses(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""One suite for every transport and both clients, against the real engine."""
+"""One suite for every transport and both clients, against the real daemon."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from xenbus.xenstore.wire.perms import Access, Perm
 LINKS = ["unix", "memory", "ring", "unix blocking", "ring blocking"]
 
 
-def on_every_link(suite: Callable[[Any, Client], Awaitable[None]]) -> Callable[[str], None]:
-    """`suite(client, other)`: the client under test, and domain 0 from elsewhere."""
+def on_every_link(suite: Callable[[Any, Client, Store], Awaitable[None]]) -> Callable[[str], None]:
+    """`suite(client, other, store)`: the client under test, and domain 0 from elsewhere."""
 
     @pytest.mark.parametrize("link", LINKS)
     def test(link: str) -> None:
@@ -33,7 +33,7 @@ def on_every_link(suite: Callable[[Any, Client], Awaitable[None]]) -> Callable[[
                 client, served = await store.link(kind, timeout=10)
             try:
                 async with asyncio.timeout(20):
-                    await suite(client, other)
+                    await suite(client, other, store)
                     await client.read("/")  # what was posted without waiting is answered before this
                     left = client.counts()
                     assert left == {"watches": 0, "transactions": 0, "waiters": 0, "unanswered": 0}
@@ -42,8 +42,7 @@ def on_every_link(suite: Callable[[Any, Client], Awaitable[None]]) -> Callable[[
             finally:
                 await client.close()
                 await other.close()
-                served.transport.close()
-                await asyncio.sleep(0)
+                await store.close()
             assert store.engine.check() == []
 
         asyncio.run(main())
@@ -54,7 +53,7 @@ def on_every_link(suite: Callable[[Any, Client], Awaitable[None]]) -> Callable[[
 
 
 @on_every_link
-async def test_values_pass_as_they_are(client: Any, other: Client) -> None:
+async def test_values_pass_as_they_are(client: Any, other: Client, store: Store) -> None:
     values = [b"", b"\0", b"a\0b\0", bytes(range(256)), b"x" * 4000]
     for value in values:
         await client.write("/v/a", value)
@@ -66,7 +65,7 @@ async def test_values_pass_as_they_are(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_nodes_come_and_go(client: Any, other: Client) -> None:
+async def test_nodes_come_and_go(client: Any, other: Client, store: Store) -> None:
     await client.write("/n/keep", "1")
     await client.mkdir("/n/keep")
     await client.mkdir("/n/deep/er")
@@ -91,7 +90,7 @@ async def test_nodes_come_and_go(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_permissions_make_the_round_trip(client: Any, other: Client) -> None:
+async def test_permissions_make_the_round_trip(client: Any, other: Client, store: Store) -> None:
     await client.write("/p", "")
     perms = [Perm(Access.NONE, 0), Perm(Access.READ, 5), Perm(Access.BOTH, 6)]
     await client.set_perms("/p", perms)
@@ -105,14 +104,14 @@ async def test_permissions_make_the_round_trip(client: Any, other: Client) -> No
 
 
 @on_every_link
-async def test_a_long_list_comes_whole(client: Any, other: Client) -> None:
+async def test_a_long_list_comes_whole(client: Any, other: Client, store: Store) -> None:
     names = [f"child-{n:04}" for n in range(1200)]
     await asyncio.gather(*(other.write(f"/long/{name}", "") for name in names))
     assert sorted(await client.directory("/long")) == names
 
 
 @on_every_link
-async def test_a_transaction_commits_or_leaves_no_trace(client: Any, other: Client) -> None:
+async def test_a_transaction_commits_or_leaves_no_trace(client: Any, other: Client, store: Store) -> None:
     async def good(tx: Any) -> bytes:
         await tx.write("/t/a", "1")
         await tx.mkdir("/t/b")
@@ -141,7 +140,7 @@ async def test_a_transaction_commits_or_leaves_no_trace(client: Any, other: Clie
 
 
 @on_every_link
-async def test_a_conflict_is_run_again_within_its_attempts(client: Any, other: Client) -> None:
+async def test_a_conflict_is_run_again_within_its_attempts(client: Any, other: Client, store: Store) -> None:
     await other.write("/c/n", "0")
     runs = 0
     loop = asyncio.get_running_loop()
@@ -174,7 +173,7 @@ async def test_a_conflict_is_run_again_within_its_attempts(client: Any, other: C
 
 
 @on_every_link
-async def test_a_watch_fires_first_then_for_each_change(client: Any, other: Client) -> None:
+async def test_a_watch_fires_first_then_for_each_change(client: Any, other: Client, store: Store) -> None:
     events = await Listener.on(client, "/w")
     assert await events.next() == "/w"
     await other.write("/w/a/b", "1")
@@ -192,7 +191,7 @@ async def test_a_watch_fires_first_then_for_each_change(client: Any, other: Clie
 
 
 @on_every_link
-async def test_a_watch_may_be_shallow(client: Any, other: Client) -> None:
+async def test_a_watch_may_be_shallow(client: Any, other: Client, store: Store) -> None:
     events = await Listener.on(client, "/w", depth=0)
     assert await events.next() == "/w"
     await other.write("/w/a", "1")
@@ -202,7 +201,7 @@ async def test_a_watch_may_be_shallow(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_waiting_for_a_value(client: Any, other: Client) -> None:
+async def test_waiting_for_a_value(client: Any, other: Client, store: Store) -> None:
     waiting = asyncio.create_task(client.wait_for("/f/state", lambda value: value == b"4", 10))
     for state in "1234":
         await other.write("/f/state", state)
@@ -214,7 +213,7 @@ async def test_waiting_for_a_value(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_gathering(client: Any, other: Client) -> None:
+async def test_gathering(client: Any, other: Client, store: Store) -> None:
     await other.write("/g/id", "7")
     await other.write("/g/name", "x")
     assert await client.gather("/g", {"id": int, "name": bytes}) == {"id": 7, "name": b"x"}
@@ -227,14 +226,14 @@ async def test_gathering(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_domains_features_quotas_and_control(client: Any, other: Client) -> None:
+async def test_domains_features_quotas_and_control(client: Any, other: Client, store: Store) -> None:
     assert await client.get_domain_path(5) == "/local/domain/5"
     assert not await client.is_introduced(5)
     features = await client.get_feature()
     await client.set_feature(5, features & 4)
     assert await client.get_feature(5) == features & 4
-    await client.introduce(5, 0, 1)
-    await client.introduce(6, 0, 1)
+    await client.introduce(5, 0, store.port(5))
+    await client.introduce(6, 0, store.port(6))
     assert await client.is_introduced(5)
     await client.set_target(6, 5)
     await client.resume_domain(5)
@@ -254,7 +253,7 @@ async def test_domains_features_quotas_and_control(client: Any, other: Client) -
 
 
 @on_every_link
-async def test_everything_can_be_reset(client: Any, other: Client) -> None:
+async def test_everything_can_be_reset(client: Any, other: Client, store: Store) -> None:
     events = await Listener.on(client, "/r")
     assert await events.next() == "/r"
     await client.reset_watches()
@@ -266,7 +265,7 @@ async def test_everything_can_be_reset(client: Any, other: Client) -> None:
 
 
 @on_every_link
-async def test_more_and_larger_than_a_ring_holds(client: Any, other: Client) -> None:
+async def test_more_and_larger_than_a_ring_holds(client: Any, other: Client, store: Store) -> None:
     """Both directions full at once; replies wrap around the ring at every offset."""
     big = bytes(range(251)) * 15
     for n in range(30):

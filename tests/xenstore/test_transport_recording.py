@@ -39,12 +39,12 @@ async def session(client: Any) -> list[Any]:
 
 
 async def record(path: Any) -> list[Any]:
-    near, served = Store().transport("unix")
+    store = Store()
+    near, _ = store.transport("unix")
     client = await Client.connect(RecordingTransport(near, path))
     result = await session(client)
     await client.close()
-    served.transport.close()
-    await asyncio.sleep(0)
+    await store.close()
     return result
 
 

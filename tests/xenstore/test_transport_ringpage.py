@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.store_links import Served, Store, blocking_ring, ring_pair
+from tests.support.store_links import Store, blocking_ring, ring_pair
 
 from xenbus.errors import DeadlineError, LinkDown, PeerError
 from xenbus.ring.bytering import XENSTORE_REQ, XENSTORE_RSP
@@ -29,6 +29,7 @@ from xenbus.xenstore.transport.ringpage import (
     RingTransport,
     Side,
 )
+from xenbus.xenstore.wire.message import Parser
 
 REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD = 2048, 2052, 2056, 2060
 
@@ -310,8 +311,13 @@ def test_a_reconnecting_guest_starts_with_empty_rings() -> None:
         store = Store()
         view = fresh(0xFFFFFF00)
         guest, daemon = ring_pair(view, reconnect=False)
-        served = Served(store, daemon, 0)
-        daemon._on_reconnect = served.reset
+        served = store.serve(daemon)
+
+        def reset() -> None:
+            served.parser = Parser()
+            store.engine.reset(served.conn)
+
+        daemon._on_reconnect = reset
         first = await Client.connect(guest)
         await first.watch("/w", lambda path: None)
         hold = asyncio.Event()
@@ -340,8 +346,7 @@ def test_a_reconnecting_guest_starts_with_empty_rings() -> None:
         assert not served.conn.watches
         assert not served.conn.transactions
         await second.close()
-        daemon.close()
-        await asyncio.sleep(0)
+        await store.close()
 
     asyncio.run(main())
 
