@@ -64,13 +64,9 @@ class Bin:
         self.free: list[Buffer] = []
 
     def growth(self) -> int:
-        """How many buffers to add next: a pool starts small and doubles up to `step`."""
-        return min(
-            self.limit - self.count, max(1, min(self.step, self.count)) if self.indirect else self._small()
-        )
-
-    def _small(self) -> int:
-        return min(self.step, max(4, self.count))
+        """How many buffers to add next: few at first, then as many as there are, at most `step`."""
+        first = 4 if self.pages == 1 else 1
+        return min(self.limit - self.count, self.step, max(first, self.count))
 
 
 class Pool:
