@@ -1,0 +1,59 @@
+"""What subcommands share: --dir and --json, and printing for a person or a program.
+
+Knows no room of the house but errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from xenbus.errors import UsageError
+
+DIR_VARIABLE = "XENBUS_DIR"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def dir_option(command: F) -> F:
+    """`--dir DIR` or $XENBUS_DIR, as the argument `directory: Path | None`."""
+    option = click.option(
+        "--dir",
+        "directory",
+        metavar="DIR",
+        envvar=DIR_VARIABLE,
+        type=click.Path(path_type=Path),
+        help=f"The host's directory (or the variable {DIR_VARIABLE}).",
+    )
+    return option(command)
+
+
+def json_option(command: F) -> F:
+    """`--json`, as the argument `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def need_dir(directory: Path | None) -> Path:
+    """The directory of the host that is meant. UsageError if none was named."""
+    if directory is None:
+        raise UsageError(f"which host? Give --dir DIR, or set {DIR_VARIABLE}")
+    return directory
+
+
+def emit(data: object, as_json: bool, text: str | Callable[[], str]) -> None:
+    """Print `data` as one JSON document, or `text` (made only if it is wanted)."""
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    if callable(text):
+        text = text()
+    if text:
+        click.echo(text)
+
+
+def emit_line(data: object, as_json: bool, text: str) -> None:
+    """One event of a stream: a line, flushed; a JSON document a line with --json."""
+    click.echo(json.dumps(data) if as_json else text)

@@ -1,0 +1,361 @@
+"""`xenbus store`: what xenstore-ls, -read, -write, -rm, -chmod and -watch do, and a daemon alone.
+
+Knows the blocking client and the daemon's entry. Any XenStore will do, Xen's own too.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from xenbus.cli.context import dir_option, emit, emit_line, json_option, need_dir
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, UsageError
+
+if TYPE_CHECKING:
+    from xenbus.xenstore.sync import SyncClient, Transaction
+
+F = TypeVar("F", bound=Callable[..., Any])
+BATCH = 64  # children read in one go
+
+
+def address(directory: Path | None, socket: Path | None) -> str:
+    """Which store is meant: --socket, --dir (a host's, or one of `store serve`), else as libxenstore does."""
+    if socket is not None:
+        return str(socket)
+    if directory is not None:
+        alone = directory / "socket"
+        host = directory / "xenstored" / "socket"
+        return str(alone if alone.exists() and not host.exists() else host)
+    from xenbus.xenstore.transport import default_address
+
+    return default_address()
+
+
+def target_options(command: F) -> F:
+    """--dir and --socket, handed over as `connect: Callable[[], SyncClient]`."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, directory: Path | None, socket: Path | None, **kwargs: Any) -> Any:
+        return command(*args, connect=lambda: _connect(address(directory, socket)), **kwargs)
+
+    option = click.option(
+        "--socket", metavar="PATH", type=click.Path(path_type=Path), help="The store's socket or device."
+    )
+    return dir_option(option(wrapped))  # type: ignore[return-value]
+
+
+def _connect(where: str) -> SyncClient:
+    from xenbus.xenstore.sync import SyncClient
+
+    try:
+        return SyncClient.connect(where)
+    except (LinkDown, OSError) as error:
+        raise LinkDown(f"no XenStore answers at {where} ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+# Values
+
+
+def escaped(value: bytes) -> str:
+    """A value on one line of ASCII, escaped as Xen's own tools do (xenstore_client.c, sanitise_value)."""
+    return "".join(_ESCAPES[byte] for byte in value)
+
+
+def _escape(byte: int) -> str:
+    named = {9: "\\t", 10: "\\n", 13: "\\r", 92: "\\\\"}
+    if byte in named:
+        return named[byte]
+    if 32 <= byte <= 126:
+        return chr(byte)
+    return f"\\{byte:03o}" if byte < 8 else f"\\x{byte:02x}"
+
+
+_ESCAPES = [_escape(byte) for byte in range(256)]
+
+
+def jsonable(value: bytes | None) -> object:
+    """Text where it is UTF-8, otherwise `{"base64": ...}`; null for what may not be read."""
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode()}
+
+
+def _child(path: str, name: str) -> str:
+    return f"/{name}" if path == "/" else f"{path}/{name}"
+
+
+Node = tuple[int, str, bytes | None]
+
+
+def walk(client: SyncClient, top: str) -> Iterator[Node]:
+    """(depth, path, value) of all below `top`, as the store lists them; no recursion, whatever its depth.
+
+    A node that goes meanwhile is left out; one whose value may not be read has None.
+    """
+    level = list(_children(client, top, 0))
+    stack = [iter(level)]
+    while stack:
+        node = next(stack[-1], None)
+        if node is None:
+            stack.pop()
+            continue
+        yield node
+        try:
+            stack.append(iter(list(_children(client, node[1], node[0] + 1))))
+        except NoEntry:
+            continue
+
+
+def _children(client: SyncClient, path: str, depth: int) -> Iterator[Node]:
+    names = client.directory(path)
+    for start in range(0, len(names), BATCH):
+        batch = names[start : start + BATCH]
+        for name, value in _values(client, path, batch).items():
+            yield depth, _child(path, name), value
+
+
+def _values(client: SyncClient, path: str, names: list[str]) -> dict[str, bytes | None]:
+    from xenbus.errors import StoreError
+
+    try:
+        return client.gather(path, dict.fromkeys(names, bytes), dict.fromkeys(names))
+    except StoreError:  # one of them is not ours to read
+        return {name: _value(client, _child(path, name)) for name in names}
+
+
+def _value(client: SyncClient, path: str) -> bytes | None:
+    from xenbus.errors import StoreError
+
+    try:
+        return client.read(path)
+    except StoreError:
+        return None
+
+
+def _perms(client: SyncClient, path: str) -> list[str]:
+    return [str(perm) for perm in client.get_perms(path)]
+
+
+# Commands
+
+
+@click.group("store", short_help="Read, write and watch a XenStore, or serve one.")
+def command() -> None:
+    """Read, write and watch a XenStore, or serve one.
+
+    Without --dir and --socket the store is found as Xen's own tools find it: XENSTORED_PATH,
+    XENSTORED_RUNDIR/socket, /dev/xen/xenbus.
+
+    \b
+    Example:
+      xenbus store ls -f --dir /tmp/host /local/domain
+    """
+
+
+@command.command("ls")
+@click.argument("path", default="/")
+@click.option("-f", "full", is_flag=True, help="Print whole paths instead of a tree.")
+@click.option("-p", "perms", is_flag=True, help="Print permissions too.")
+@json_option
+@target_options
+def ls(connect: Callable[[], SyncClient], path: str, full: bool, perms: bool, as_json: bool) -> None:
+    """List the nodes below PATH with their values.
+
+    \b
+    Example:
+      xenbus store ls -f /local/domain/1/device
+    """
+    with connect() as client:
+        listed: dict[str, object] = {}
+        for depth, node, value in walk(client, path):
+            try:
+                rights = _perms(client, node) if perms else None
+            except NoEntry:
+                continue
+            if as_json:
+                shown = jsonable(value)
+                listed[node] = shown if rights is None else {"value": shown, "perms": rights}
+                continue
+            name = node if full else " " * depth + node.rpartition("/")[2]
+            line = f"{name}:" if value is None else f'{name} = "{escaped(value)}"'
+            click.echo(line if rights is None else f"{line}  ({','.join(rights)})")
+        if as_json:
+            emit(listed, True, "")
+
+
+@command.command("read")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--raw", is_flag=True, help="Print the bytes as they are, with nothing added.")
+@json_option
+@target_options
+def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, as_json: bool) -> None:
+    """Print the values of nodes, a line each.
+
+    \b
+    Example:
+      xenbus store read /local/domain/1/name
+    """
+    with connect() as client:
+        values = {path: client.read(path) for path in paths}
+    if raw:
+        for value in values.values():
+            click.echo(value, nl=False)
+        return
+    lines = "\n".join(escaped(values[path]) for path in paths)
+    if as_json:
+        emit({path: jsonable(value) for path, value in values.items()}, True, "")
+    else:
+        click.echo(lines)
+
+
+@command.command("write")
+@click.argument("pairs", nargs=-1, required=True, metavar="PATH VALUE...")
+@target_options
+def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
+    """Write values, taken as they stand; several pairs in one transaction. Missing parents are made.
+
+    \b
+    Example:
+      xenbus store write /local/domain/1/data/a 1 /local/domain/1/data/b 2
+    """
+    if len(pairs) % 2:
+        raise UsageError(f"{pairs[-1]}: a value is missing")
+    with connect() as client:
+        if len(pairs) == 2:
+            client.write(*pairs)
+            return
+
+        def all_of_them(tx: Transaction) -> None:
+            for path, value in zip(pairs[::2], pairs[1::2], strict=True):
+                tx.write(path, value)
+
+        client.transaction(all_of_them)
+
+
+@command.command("mkdir")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@target_options
+def mkdir(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
+    """Make nodes; those that are there stay as they are.
+
+    \b
+    Example:
+      xenbus store mkdir /local/domain/1/data
+    """
+    with connect() as client:
+        for path in paths:
+            client.mkdir(path)
+
+
+@command.command("rm")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@target_options
+def rm(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
+    """Remove nodes and all below them; one that is not there is an error.
+
+    \b
+    Example:
+      xenbus store rm /local/domain/1/data
+    """
+    with connect() as client:
+        for path in paths:
+            client.read(path)  # the store itself calls it a success when only the last name is missing
+            client.rm(path)
+
+
+@command.command("perms")
+@click.argument("path")
+@click.argument("entries", nargs=-1, metavar="[PERM]...")
+@json_option
+@target_options
+def perms(connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...], as_json: bool) -> None:
+    """Print a node's permissions, or set them: n, r, w or b and a domain's number; the owner first.
+
+    \b
+    Example:
+      xenbus store perms /local/domain/1/data n1 r0
+    """
+    with connect() as client:
+        if entries:
+            client.set_perms(path, entries)
+            return
+        found = _perms(client, path)
+    emit({path: found}, as_json, " ".join(found))
+
+
+@command.command("watch")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-n", "count", type=click.IntRange(min=1), help="End after that many events.")
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds for -n events (exit code 5).")
+@json_option
+@target_options
+def watch(
+    connect: Callable[[], SyncClient],
+    paths: tuple[str, ...],
+    count: int | None,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Print the path of each event at or below PATH, a line each; the first one comes at once.
+
+    \b
+    Example:
+      xenbus store watch -n 2 /local/domain/1/device
+    """
+    with connect() as client:
+        for path in paths:
+            client.watch(path)
+        until = None if timeout is None else time.monotonic() + timeout
+        seen = 0
+        while count is None or seen < count:
+            left = 3600.0 if until is None else until - time.monotonic()
+            event = client.poll_watch(left) if left > 0 else None
+            if event is not None:
+                seen += 1
+                emit_line({"path": event[1], "watch": event[0].path}, as_json, event[1])
+            elif until is not None and time.monotonic() >= until:
+                what = f"{count} events" if count else "an end of the watch"
+                raise DeadlineError(
+                    f"{what} below {', '.join(paths)} ({seen} came)", client.peer, timeout or 0
+                )
+
+
+@command.command("serve")
+@dir_option
+@click.option("--quota", "quotas", multiple=True, metavar="NAME=N", help="A guest's limit, e.g. nodes=10000.")
+def serve(directory: Path | None, quotas: tuple[str, ...]) -> None:
+    """Serve a XenStore alone, at DIR/socket, until SIGTERM or SIGINT. Prints `ready` when it is.
+
+    \b
+    Example:
+      xenbus store serve --dir /tmp/store &
+      XENSTORED_RUNDIR=/tmp/store xenstore-ls
+    """
+    import asyncio
+    import os
+    import sys
+
+    from xenbus.xenstore.daemon.__main__ import serve as serve_store
+    from xenbus.xenstore.engine import Quotas
+
+    place = need_dir(directory)
+    limits = Quotas.parse(list(quotas))
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{place}: {error.strerror}") from None
+    sys.stdout.flush()
+    asyncio.run(serve_store(str(place / "socket"), limits, ready_fd=os.dup(sys.stdout.fileno())))
