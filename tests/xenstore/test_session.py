@@ -297,12 +297,27 @@ def test_deadlines_expire_in_the_queue_too_and_the_next_one_is_told() -> None:
     session = make(1)
     first, second, third = (ask(session, deadline=at) for at in (10.0, 3.0, 7.0))
     assert session.expire(2.0) == 3.0
+    assert session.expire(2.9) == 3.0
+    assert not second.told
     assert session.expire(3.0) == 7.0
     assert not first.told
     assert isinstance(second.value, DeadlineError)
     assert session.expire(8.0) == 10.0
     assert third.told
     assert not first.told
+
+
+def test_what_everybody_gave_up_is_not_kept() -> None:
+    session = make(1)
+    ask(session)
+    for _ in range(50):
+        ask(session, deadline=1.0)
+        ask(session).cancelled = True
+    end = ask(session, "", Op.TRANSACTION_END, 3, deadline=1.0)
+    session.post(Op.UNWATCH, "/a", 1)
+    session.expire(2.0)
+    assert isinstance(end.value, DeadlineError)
+    assert session.counts()["unanswered"] == 3  # the first, and the two that the store must hear
 
 
 def test_a_dead_link_fails_everybody_at_once_and_for_ever() -> None:

@@ -14,6 +14,7 @@ from tests.support.store_links import Store
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
 from xenbus.xenstore import sync
+from xenbus.xenstore.client import Client
 from xenbus.xenstore.session import RetryPolicy
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.unix import UnixPipe, UnixTransport
@@ -297,6 +298,22 @@ def test_addresses(tmp_path) -> None:
         SyncClient.connect(f"replay:{tmp_path}/none")
     with pytest.raises(UsageError, match="unknown"):
         SyncClient.connect("pigeon:x")
+
+
+def test_without_an_address_it_looks_where_libxenstore_does(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("XENSTORED_PATH", raising=False)
+    monkeypatch.setenv("XENSTORED_RUNDIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(2)
+        with SyncClient.connect() as client:
+            assert client.peer == f"xenstored at {tmp_path}/socket"
+
+        async def main() -> None:
+            async with await Client.connect() as client:
+                assert client.peer == f"xenstored at {tmp_path}/socket"
+
+        asyncio.run(main())
 
 
 def test_errors_are_by_name() -> None:

@@ -133,6 +133,18 @@ def test_a_reset_is_told_as_what_it_was() -> None:
     asyncio.run(main())
 
 
+def test_what_was_lost_before_the_start_is_told_at_the_start() -> None:
+    async def main() -> None:
+        near, far = pair("unix")
+        far.close()
+        near.send([b"x"])
+        sink = Sink(near)
+        await sink.until(lambda: sink.lost)
+        assert isinstance(sink.lost[0], BrokenPipeError)
+
+    asyncio.run(main())
+
+
 def _descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 

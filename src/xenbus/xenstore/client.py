@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
 from xenbus.xenstore.events import EventStream
 from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchRecord, checked
-from xenbus.xenstore.transport import Busy, Transport, resolve
+from xenbus.xenstore.transport import Busy, Transport, default_address, resolve
 from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
 from xenbus.xenstore.wire.paths import join
@@ -118,16 +118,18 @@ class Client:
     @classmethod
     async def connect(
         cls,
-        target: str | os.PathLike[str] | Transport,
+        target: str | os.PathLike[str] | Transport | None = None,
         *,
         timeout: float = REQUEST_TIMEOUT,
         max_transactions: int = MAX_TRANSACTIONS,
     ) -> Client:
-        """`unix:/path`, a path (of a socket or a device), or a transport. LinkDown if nobody is there, or
-        has room for us within `timeout` seconds."""
-        if not isinstance(target, (str, os.PathLike)):
+        """`unix:/path`, a path (of a socket or a device), or a transport; None: where libxenstore looks.
+
+        LinkDown if nobody is there, or has no room for us within `timeout` seconds.
+        """
+        if target is not None and not isinstance(target, (str, os.PathLike)):
             return cls(target, timeout, max_transactions)
-        scheme, rest = resolve(target)
+        scheme, rest = resolve(target or default_address())
         until = monotonic() + timeout
         while True:
             try:

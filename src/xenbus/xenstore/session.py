@@ -213,7 +213,7 @@ class Session:
         queue, sent = self._queue, self._sent
         while queue and len(sent) < self.limit:
             pending = queue.popleft()
-            if not pending.waiter.done() or pending.op in _SENT_ANYWAY or pending.waiter is NOBODY:
+            if _wanted(pending):
                 self._emit(pending)
 
     # ---- replies and events ----
@@ -319,6 +319,9 @@ class Session:
                 continue
             what = f"the reply to {op_name(pending.op)} {pending.path}".rstrip()
             pending.waiter.set_exception(DeadlineError(what, self.peer, pending.timeout))
+        if self._queue:
+            # A store that hangs for good must not make us keep what everybody gave up.
+            self._queue = deque(pending for pending in self._queue if _wanted(pending))
         return earliest
 
     def drop_all(self, exc: Exception) -> None:
@@ -351,6 +354,11 @@ class Session:
             "waiters": sum(not pending.waiter.done() for pending in everything),
             "unanswered": len(everything),
         }
+
+
+def _wanted(pending: Pending) -> bool:
+    """Whether a request that waits for its turn is still to be sent."""
+    return not pending.waiter.done() or pending.op in _SENT_ANYWAY or pending.waiter is NOBODY
 
 
 def _watch_key(payload: bytes) -> bytes:

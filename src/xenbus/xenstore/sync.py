@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
 from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchRecord, checked
-from xenbus.xenstore.transport import Pipe, resolve
+from xenbus.xenstore.transport import Pipe, default_address, resolve
 from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
 from xenbus.xenstore.wire.paths import join
@@ -133,12 +133,15 @@ class SyncClient:
 
     @classmethod
     def connect(
-        cls, target: str | os.PathLike[str] | Pipe, *, timeout: float = REQUEST_TIMEOUT
+        cls, target: str | os.PathLike[str] | Pipe | None = None, *, timeout: float = REQUEST_TIMEOUT
     ) -> SyncClient:
-        """`unix:/path`, a path (of a socket or a device), or a pipe. LinkDown if nobody is there."""
-        if not isinstance(target, (str, os.PathLike)):
+        """`unix:/path`, a path (of a socket or a device), or a pipe; None: where libxenstore looks.
+
+        LinkDown if nobody is there. UsageError for an address that only an event loop can drive.
+        """
+        if target is not None and not isinstance(target, (str, os.PathLike)):
             return cls(target, timeout)
-        scheme, rest = resolve(target)
+        scheme, rest = resolve(target or default_address())
         if scheme.blocking is None:
             raise UsageError(f"{scheme.name}: needs an event loop; use xenbus.xenstore.client")
         return cls(scheme.blocking(rest), timeout)

@@ -29,6 +29,7 @@ class StreamTransport:
         self._out = bytearray()
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = False
+        self._why: Exception | None = None
         self._paused = False
 
     @property
@@ -51,6 +52,9 @@ class StreamTransport:
     def start(self, receiver: Receiver) -> None:
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
+        if self._closed:
+            self._loop.call_soon(receiver.connection_lost, self._why)
+            return
         self._loop.add_reader(self._fd, self._readable)
         if self._out:
             self._loop.add_writer(self._fd, self._writable)
@@ -117,6 +121,7 @@ class StreamTransport:
         if self._closed:
             return
         self._closed = True
+        self._why = exc
         loop = self._loop
         if loop is not None:
             loop.remove_reader(self._fd)
