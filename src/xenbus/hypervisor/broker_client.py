@@ -57,7 +57,7 @@ _COPY_STATUS = {errno.ENOENT: GNTST_bad_gntref, errno.EPERM: GNTST_permission_de
 class _OwnArena:
     """`used`: pages that were given out once and are zeroed before they are again."""
 
-    base: int
+    kind: tuple[int, bool]
     region: Region
     used: bytearray
 
@@ -200,6 +200,13 @@ class BrokerHypervisor:
         if len(self._out) == 1:
             self._flush()
 
+    async def _give_back(self, op: Op, payload: bytes, accept: Callable[[Message], None]) -> None:
+        """A refusal, or a broker that is gone, means that it was given back already (by a resume)."""
+        try:
+            await self._request(op, payload, accept, op.name)
+        except (HypervisorError, LinkDown):
+            pass
+
     def _tell(self, op: Op, payload: bytes, accept: Callable[[Message], None] | None = None) -> None:
         """A request whose answer nobody waits for. A refusal of it is of no interest: what it gives back was
         gone already."""
@@ -319,7 +326,8 @@ class BrokerHypervisor:
 
     async def _add_arena(self, domid: int, count: int, writable: bool) -> None:
         """A new sealed memfd for this grantee and mode, mapped here, then given to the broker."""
-        size = min(_ARENA_PAGES_FIRST << min(len(self._own), 8), _ARENA_PAGES_MOST)
+        alike = sum(arena.kind == (domid, writable) for arena in self._own.values())
+        size = min(_ARENA_PAGES_FIRST << min(alike, 8), _ARENA_PAGES_MOST)
         pages = max(size, count)
         what = f"an arena of {pages} pages for domain {domid}"
         try:
@@ -332,14 +340,13 @@ class BrokerHypervisor:
 
         def accept(message: Message) -> None:
             (base,) = wire.REF.unpack(message.payload)
-            self._own[base] = _OwnArena(base, region, bytearray(pages))
+            self._own[base] = _OwnArena((domid, writable), region, bytearray(pages))
 
         await self._request(Op.ARENA, wire.ARENA.pack(domid, writable, pages), accept, what, fds=(fd,))
 
     async def revoke(self, pages: GrantedPages) -> None:
         if isinstance(pages, BrokerPages) and pages in self._granted:
-            payload = self._forget_pages(pages)
-            await self._request(Op.REVOKE, payload, _ignore, f"revoking {len(pages.refs)} pages")
+            await self._give_back(Op.REVOKE, self._forget_pages(pages), _ignore)
 
     def _revoke(self, pages: BrokerPages) -> None:
         self._tell(Op.REVOKE, self._forget_pages(pages))
@@ -426,9 +433,8 @@ class BrokerHypervisor:
     async def unmap(self, mapping: Mapping) -> None:
         if isinstance(mapping, BrokerMapping) and mapping in self._mappings:
             self._forget_mapping(mapping)
-            what = f"unmapping {len(mapping.refs)} pages"
             payload = wire.MAP_ID.pack(mapping.raw.number)
-            await self._request(Op.UNMAP, payload, lambda _: self._unmapped(mapping.raw), what)
+            await self._give_back(Op.UNMAP, payload, lambda _: self._unmapped(mapping.raw))
 
     def _unmap(self, mapping: BrokerMapping) -> None:
         self._forget_mapping(mapping)
@@ -525,8 +531,7 @@ class BrokerHypervisor:
 
     async def _channel_closed(self, channel: BrokerChannel) -> None:
         if self._channels.pop(channel.port, None) is not None and self._lost is None:
-            payload = wire.PORT.pack(channel.port)
-            await self._request(Op.PORT_CLOSE, payload, _ignore, f"closing port {channel.port}")
+            await self._give_back(Op.PORT_CLOSE, wire.PORT.pack(channel.port), _ignore)
 
     def _close_channel(self, channel: BrokerChannel) -> None:
         channel.drop()
@@ -586,7 +591,7 @@ class BrokerHypervisor:
             region = Region.of_fd(message.fds[0], PAGE_SIZE, writable=True)
         finally:
             wire.close_all(message.fds)
-        self._own[ref] = _OwnArena(ref, region, bytearray(b"\1"))
+        self._own[ref] = _OwnArena((0, True), region, bytearray(b"\1"))
         pages = BrokerPages(0, (ref,), True, region.pages(0, 1))
         self._granted[pages] = None
         self._granted_pages += 1

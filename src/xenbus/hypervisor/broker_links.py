@@ -195,8 +195,8 @@ class BrokerChannel:
             self.deliver()
 
     def kick_self(self) -> None:
-        """As if the other end had notified."""
-        self._loop.call_soon(self.deliver)
+        """As if the other end had notified; not before who awaits the binding has the channel in hand."""
+        self._loop.call_soon(self._loop.call_soon, self.deliver)
 
     def take_over(self, handler: Callable[[], None]) -> None:
         self._handler = handler

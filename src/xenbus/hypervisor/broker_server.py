@@ -65,6 +65,7 @@ class Handle:
         self.privileged = privileged
         self.holder = Holder(broker.tables, domain, self)
         self.suspend_serial: int | None = None
+        self.renamed = False  # restored under another domid, and not told yet
         self.open = True
         self._sock = ours
         self._receiver = wire.Receiver(ours, 1)
@@ -112,6 +113,8 @@ class Handle:
             if message.fds and message.op != Op.ARENA:
                 raise ProtocolError(f"a descriptor with operation {message.op}")
             try:
+                if self.renamed:
+                    raise Refused(errno.ESTALE)  # it does not know its new domid yet
                 reply = handler(self, message)
             except Refused as refused:
                 reply = wire.encode(message.op, message.serial, status=refused.errno)
@@ -333,6 +336,7 @@ class Handle:
 
     def resumed(self, cancelled: bool) -> None:
         serial, self.suspend_serial = self.suspend_serial, None
+        self.renamed = False
         if serial is not None:
             payload = wire.SUSPENDED.pack(cancelled, self.domain.domid)
             self._queue(None, _Packet(wire.encode(Op.SUSPEND, serial, payload)))
@@ -472,25 +476,38 @@ class Broker:
         if self.tables.domains.get(domid) is not domain:
             raise LinkDown(f"domain {domid} died before it suspended")
 
-    def resume(self, domid: int, *, cancelled: bool | None = None, new_domid: int | None = None) -> None:
-        """Lets a parked domain go on: as it was, or (new_domid) under a new id with nothing of what it held.
+    def rename(self, domid: int, new_domid: int) -> None:
+        """Gives a parked domain a new id and a fresh ring page and store port; what it held is gone.
 
-        A new domid is told to privileged handles as the death of the old one, as after `xl restore`;
-        `on_dead` is not called, for the process lives.
+        It stays parked, so that a toolstack can introduce it and write its nodes before it goes on. Told to
+        privileged handles as the death of the old one, as after `xl restore`; `on_dead` is not called, for
+        the process lives.
         """
-        domain = self._domain(domid)
-        primary = self._handles[domain][0]
-        if cancelled is not None and cancelled == (new_domid is not None):
+        primary = self._parked_handle(domid)
+        if self.tables.exists(check_domid(new_domid)):
+            raise UsageError(f"there is a domain {new_domid} already")
+        self._parked[new_domid] = self._parked.pop(domid)
+        primary.renamed = True
+        self._rename(primary.domain, primary, new_domid)
+        self.settle()
+
+    def resume(self, domid: int, *, cancelled: bool | None = None, new_domid: int | None = None) -> None:
+        """Lets a parked domain go on: as it was, or, if it was renamed (or is, by `new_domid`), anew."""
+        primary = self._parked_handle(domid)
+        if cancelled is not None and cancelled == (new_domid is not None or primary.renamed):
             raise UsageError("a resume is either cancelled or has a new domid")
+        if new_domid is not None:
+            self.rename(domid, new_domid)
+            domid = new_domid
+        self._parked.pop(domid, None)
+        primary.resumed(not primary.renamed)
+        self.settle()
+
+    def _parked_handle(self, domid: int) -> Handle:
+        primary = self._handles[self._domain(domid)][0]
         if primary.suspend_serial is None:
             raise UsageError(f"domain {domid} is not suspended")
-        if new_domid is not None and self.tables.exists(check_domid(new_domid)):
-            raise UsageError(f"there is a domain {new_domid} already")
-        self._parked.pop(domid, None)
-        if new_domid is not None:
-            self._rename(domain, primary, new_domid)
-        primary.resumed(new_domid is None)
-        self.settle()
+        return primary
 
     def _rename(self, domain: Domain, primary: Handle, new_domid: int) -> None:
         for handle in self._handles[domain][1:]:

@@ -18,6 +18,9 @@ from xenbus.hypervisor.interface import GNTTAB_NR_RESERVED_ENTRIES, PAGE_SIZE, H
 from xenbus.hypervisor.limits import Limits
 from xenbus.hypervisor.memory import SIZE_SEALS, FreePages, add_seals, sealed_memfd
 
+# An arena takes memory only where it is written to: room in it may be larger than what may be granted.
+SPARE_PAGES = 4096
+
 
 class Refused(Exception):
     """A request breaks a rule: answered with the errno, and nothing has changed."""
@@ -201,7 +204,7 @@ class Holder:
     def check_room_for_arena(self, pages: int) -> None:
         domain, limits = self.domain, self._tables.limits
         held = sum(arena.pages for arena in domain.arenas.values())
-        if len(domain.arenas) >= limits.arenas or held + pages > 2 * limits.granted_pages:
+        if len(domain.arenas) >= limits.arenas or held + pages > 4 * limits.granted_pages + SPARE_PAGES:
             raise Refused(errno.ENOSPC)
         if self._tables.open_arenas >= self._tables.max_arenas or domain.next_ref + pages > 1 << 32:
             raise Refused(errno.ENOSPC)
@@ -329,9 +332,9 @@ class Holder:
             raise Refused(errno.ENOENT)
         if remote.peer is not None or remote.remote_domid != self.domain.domid:
             raise Refused(errno.EPERM)
-        link = self._tables.link(self, remote.holder)
         port = self.alloc_port(remote_domid)
         try:
+            link = self._tables.link(self, remote.holder)
             port.index = remote.index = link.take()
         except Refused:
             self._remove(port)

@@ -190,6 +190,7 @@ class EmbeddedHypervisor:
         self.granted: dict[EmbeddedPages, None] = {}
         self.mappings: dict[EmbeddedMapping, None] = {}
         self._mapped = 0
+        self.renamed = False  # restored under another domid, and not told yet
         self.channels: dict[int, EmbeddedChannel] = {}
         self._begin()
 
@@ -225,6 +226,8 @@ class EmbeddedHypervisor:
     def _check_alive(self) -> None:
         if self._closed:
             raise LinkDown(f"domain {self._domid} is gone")
+        if self.renamed:
+            raise HypervisorError("ESTALE", "a domain that was restored and does not know it yet")
 
     # -- grants
 
@@ -374,15 +377,17 @@ class EmbeddedHypervisor:
     def parked(self) -> bool:
         return self._parked is not None and not self._parked.done()
 
-    def resumed(self, new_domid: int | None) -> None:
-        """new_domid None: cancelled. Otherwise everything is given back and the domain starts anew."""
-        if not self.parked or self._parked is None:
-            raise UsageError(f"domain {self._domid} is not suspended")
-        if new_domid is not None:
-            self.give_back()
-            self._domid = new_domid
-            self._begin()
-        self._parked.set_result(SuspendResult(new_domid is None, self._domid))
+    def rename(self, new_domid: int) -> None:
+        """Everything is given back and the domain begins anew; still parked."""
+        self.renamed = True
+        self.give_back()
+        self._domid = new_domid
+        self._begin()
+
+    def resumed(self) -> None:
+        if self._parked is not None:
+            self._parked.set_result(SuspendResult(not self.renamed, self._domid))
+        self.renamed = False
 
     def give_back(self) -> None:
         """Every port, mapping and grant, in that order."""
@@ -492,21 +497,36 @@ class Machine:
         if self._domains.get(domid) is not domain:
             raise LinkDown(f"domain {domid} died before it suspended")
 
-    def resume(self, domid: int, *, cancelled: bool | None = None, new_domid: int | None = None) -> None:
-        """Lets a parked domain go on: as it was, or (new_domid) under a new id with nothing of what it held.
-
-        The death of the old id is told to the other domains, as after `xl restore`.
-        """
+    def _parked_domain(self, domid: int) -> EmbeddedHypervisor:
         domain = self._known(domid)
-        if cancelled is not None and cancelled == (new_domid is not None):
-            raise UsageError("a resume is either cancelled or has a new domid")
-        if new_domid is not None and check_domid(new_domid) in self._domains:
+        if not domain.parked:
+            raise UsageError(f"domain {domid} is not suspended")
+        return domain
+
+    def rename(self, domid: int, new_domid: int) -> None:
+        """Gives a parked domain a new id and a fresh ring page and store port; what it held is gone.
+
+        It stays parked. The death of the old id is told to the other domains, as after `xl restore`.
+        """
+        domain = self._parked_domain(domid)
+        if check_domid(new_domid) in self._domains:
             raise UsageError(f"there is a domain {new_domid} already")
-        domain.resumed(new_domid)
-        self._parked.pop(domid, None)
+        domain.rename(new_domid)
+        self._parked[new_domid] = self._parked.pop(domid)
+        self._domains[new_domid] = self._domains.pop(domid)
+        for other in list(self._domains.values()):
+            if other is not domain:
+                other.tell_dead(domid)
+
+    def resume(self, domid: int, *, cancelled: bool | None = None, new_domid: int | None = None) -> None:
+        """Lets a parked domain go on: as it was, or, if it was renamed (or is, by `new_domid`), anew."""
+        domain = self._parked_domain(domid)
+        if cancelled is not None and cancelled == (new_domid is not None or domain.renamed):
+            raise UsageError("a resume is either cancelled or has a new domid")
         if new_domid is not None:
-            self._domains[new_domid] = self._domains.pop(domid)
-            self._tell_dead(domid)
+            self.rename(domid, new_domid)
+        self._parked.pop(domain.domid, None)
+        domain.resumed()
 
     # -- pages
 
