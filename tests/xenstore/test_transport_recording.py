@@ -14,6 +14,7 @@ from tests.support.store_links import Store
 
 from xenbus.errors import LinkDown, NoEntry, PeerError, UsageError
 from xenbus.xenstore.client import Client
+from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport import recording
 from xenbus.xenstore.transport.recording import Record, RecordingTransport, read_recording
 from xenbus.xenstore.wire.message import Message, Op
@@ -108,6 +109,31 @@ def test_an_address_of_both(tmp_path) -> None:
             await Client.connect("recording:tape")
 
     asyncio.run(main())
+
+
+def test_a_blocking_caller_is_recorded_too(tmp_path) -> None:
+    path = tmp_path / "tape"
+
+    async def main() -> None:
+        store = Store()
+        await store.daemon.listen_unix(tmp_path / "socket")
+
+        def work() -> None:
+            with SyncClient.connect(f"recording:{path},{tmp_path}/socket", timeout=5) as client:
+                client.write("/a", "1")
+                assert client.read("/a") == b"1"
+
+        await asyncio.to_thread(work)
+        await store.close()
+
+        client = await Client.connect(f"replay:{path}", timeout=5)
+        await client.write("/a", "1")
+        assert await client.read("/a") == b"1"
+        await client.close()
+
+    asyncio.run(main())
+    with pytest.raises(UsageError, match="event loop"):
+        SyncClient.connect(f"recording:{tmp_path}/new,replay:{path}")
 
 
 def test_a_file_that_is_full_stops_the_recording_and_not_the_connection(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TextIO
 
 from xenbus.errors import UsageError
-from xenbus.xenstore.transport import Receiver, Transport, register, resolve
+from xenbus.xenstore.transport import Pipe, Receiver, Scheme, Transport, register, resolve
 from xenbus.xenstore.wire.message import Message, Op, Parser, ProtocolError, op_name
 
 # Bytes of file after which recording stops (the connection goes on).
@@ -151,12 +151,53 @@ class RecordingTransport:
         self._receiver.drained()
 
 
-def _connect(rest: str) -> RecordingTransport:
+class RecordingPipe:
+    """The same around a pipe of a caller that blocks."""
+
+    def __init__(self, inner: Pipe, path: str | os.PathLike[str]) -> None:
+        self._inner = inner
+        self._tape = _Tape(path)
+
+    @property
+    def peer(self) -> str:
+        return self._inner.peer
+
+    @property
+    def max_outstanding(self) -> int:
+        return self._inner.max_outstanding
+
+    def send(self, messages: Sequence[bytes], timeout: float) -> None:
+        for message in messages:
+            self._tape.put(True, message)
+        self._inner.send(messages, timeout)
+
+    def receive(self, timeout: float) -> bytes:
+        data = self._inner.receive(timeout)
+        self._tape.put(False, data)
+        return data
+
+    def close(self) -> None:
+        self._inner.close()
+        self._tape.close()
+
+
+def _split(rest: str) -> tuple[str, Scheme, str]:
     path, comma, address = rest.partition(",")
     if not (path and comma and address):
         raise UsageError(f"recording:{rest}: expected recording:FILE,ADDRESS")
-    scheme, inner = resolve(address)
+    return path, *resolve(address)
+
+
+def _connect(rest: str) -> RecordingTransport:
+    path, scheme, inner = _split(rest)
     return RecordingTransport(scheme.connect(inner), path)
 
 
-register("recording", _connect)
+def _blocking(rest: str) -> RecordingPipe:
+    path, scheme, inner = _split(rest)
+    if scheme.blocking is None:
+        raise UsageError(f"{scheme.name}: needs an event loop")
+    return RecordingPipe(scheme.blocking(inner), path)
+
+
+register("recording", _connect, _blocking)
