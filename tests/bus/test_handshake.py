@@ -6,6 +6,7 @@ import asyncio
 
 from tests.support.split import S, ToyBack, ToyFront, use, world
 from tests.support.until import until
+
 from xenbus.bus import describe, lines
 
 

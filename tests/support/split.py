@@ -19,7 +19,7 @@ from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon import Daemon
 
 S = XenbusState
-QUICK = Settings(callback=2.0, detach=0.5, boot=2.0)
+QUICK = Settings(callback=2.0, detach=0.05, boot=2.0)
 
 
 class Guest:
@@ -89,7 +89,7 @@ class World:
     async def plug(
         self, kind: str = "toy", devid: int = 0, front: int = 1, back: int = 0, **keys: str
     ) -> None:
-        """Both halves' nodes in one transaction, permissions as libxl sets them. `keys` go to the back end."""
+        """Both halves' nodes in one transaction, permissions as libxl sets them. `keys`: the back end's."""
         fnode, bnode = self.front_node(kind, devid, front), self.back_node(kind, devid, front, back)
 
         async def write(tx: Any) -> None:

@@ -166,6 +166,8 @@ class XenbusDevice:
         is raised after the device was put to CLOSING with an error node (seed: xenbusb_write_ivar).
         """
         async with self.locked():
+            if self.gone:
+                return False
             if self._state is state and not values:
                 return True
             entries = {key: _text(value) for key, value in (values or {}).items()}
@@ -279,6 +281,8 @@ class XenbusDevice:
     async def write_many(self, values: MappingT[str, object]) -> None:
         """All in one transaction. DeviceGone if the node was removed or made anew: never made again by us."""
         async with self.locked():
+            if self.gone:
+                raise DeviceGone(f"{self.node} is gone")
             try:
                 await self._write({key: _text(value) for key, value in values.items()})
             except NoEntry as exc:

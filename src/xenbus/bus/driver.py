@@ -51,7 +51,11 @@ class XenbusDriver:
         self.dev = dev
 
     async def attach(self) -> None:
-        """The first thing called. The peer is not watched yet: `otherend_changed` follows."""
+        """The first thing called. The peer is not watched yet: `otherend_changed` follows.
+
+        If it raises, or is cancelled because the node went, `detach` is not called: what it took other than
+        through `dev` it must have let go by then.
+        """
 
     async def detach(self) -> None:
         """The last thing called. What the device holds (grants, channels, tasks...) is given back after it.

@@ -8,7 +8,7 @@ itself:
 
 - the `state` is gone: GONE;
 - it is Initialising, and ours is not, or the node was touched: REPLACED (made anew, or re-armed by hand).
-  A touch can be innocent (SET_PERMS) while we are still Initialising ourselves: then the driver attaches once more;
+  A touch can be innocent (SET_PERMS) while we are Initialising ourselves: then the driver attaches once more;
 - touched, and the links to the peer are others: REPLACED;
 - otherwise it is itself, and all touches up to now were innocent.
 

@@ -125,7 +125,7 @@ async def _refuse(dev: XenbusDevice, exc: Exception) -> None:
     if not isinstance(exc, DeviceGone):
         await dev.error(exc)
     await _close_watches(dev)
-    if dev.device.state is DeviceState.ATTACHED:
+    if dev.device.attached:
         await _driver_detach(dev, dev.bus.settings.detach)
     await _let_go(dev)
     await _quiet_state(dev, XenbusState.CLOSED)
@@ -201,6 +201,16 @@ async def _driver_detach(dev: XenbusDevice, seconds: float) -> None:
     dev.driver = None
 
 
+async def _begin_detach(dev: XenbusDevice, seconds: float) -> None:
+    """A driver that was never attached is not detached: its attach cleaned up when it was cancelled."""
+    attached = dev.device.attached
+    dev.device.state = DeviceState.DETACHING
+    dev.bus.changed(dev, "detaching")
+    if attached:
+        await _driver_detach(dev, seconds)
+    dev.driver = None
+
+
 async def _stop_mailbox(dev: XenbusDevice) -> None:
     task = dev.mailbox.cancel()
     if task is not None:
@@ -216,8 +226,7 @@ async def vanish(dev: XenbusDevice) -> None:
     if dev.detaching:
         return  # an orderly detach is under way: it sees `gone`, and ends
     dev.detaching = True
-    dev.device.state = DeviceState.DETACHING
-    await _driver_detach(dev, dev.bus.settings.detach)
+    await _begin_detach(dev, dev.bus.settings.detach)
     await _let_go(dev)
     dev.bus.post_forget(dev)
 
@@ -228,11 +237,9 @@ async def detach(dev: XenbusDevice) -> None:
         return
     dev.detaching = True
     end = dev.bus.now() + dev.bus.settings.detach
-    if dev.device.state is not DeviceState.ATTACHED:
+    if not dev.device.attached:
         await _stop_mailbox(dev)
-    dev.device.state = DeviceState.DETACHING
-    dev.bus.changed(dev, "detaching")
-    await _driver_detach(dev, end - dev.bus.now())
+    await _begin_detach(dev, end - dev.bus.now())
     if dev.state not in _CLOSING and not dev.gone:
         await _quiet_state(dev, XenbusState.CLOSING)
     await _await_peer(dev, end)

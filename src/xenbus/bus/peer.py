@@ -1,4 +1,4 @@
-"""Reading the other end's state: what counts as Closed, what as garbage, and what is tried again.
+"""Reading states, the other end's and our own: what counts as Closed, what as garbage, what is tried again.
 
 Knows the store's client and the device.
 """
@@ -6,13 +6,16 @@ Knows the store's client and the device.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from xenbus.bus.device import XenbusDevice
 from xenbus.bus.state import XenbusState, parse_state
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError, XenbusError
+from xenbus.errors import DeadlineError, NoEntry, PeerError, StoreError, XenbusError
 from xenbus.xenstore.client import Client
 
-# Seconds between the attempts to read a peer's state that cannot be read for a passing reason. An event is
+T = TypeVar("T")
+# Seconds between the attempts to read a state that cannot be read for a passing reason. An event is
 # one chance to see the final state, so one error must not be the end of it.
 PAUSES = (0.02, 0.2, 1.0)
 
@@ -27,18 +30,27 @@ async def read_driver_state(store: Client, path: str) -> XenbusState:
 
 async def read_peer(dev: XenbusDevice) -> XenbusState | None:
     """The peer's state; None if it cannot be known: then that was recorded, and the last state stays."""
+    try:
+        return await _persistently(dev, lambda: read_driver_state(dev.store, dev.otherend_path))
+    except PeerError as exc:
+        dev.peer_garbage(exc)
+        return None
+
+
+async def refresh_own(dev: XenbusDevice) -> None:
+    """Our cached state from the store; if it cannot be read, that was recorded, and it stays."""
+    await _persistently(dev, dev.refresh_state)
+
+
+async def _persistently(dev: XenbusDevice, reading: Callable[[], Awaitable[T]]) -> T | None:
+    """An error that passes means nothing (B9); one that stays is the device's error, and None."""
     failure: XenbusError | None = None
     for pause in (*PAUSES, None):
         try:
-            return await read_driver_state(dev.store, dev.otherend_path)
-        except PeerError as exc:
-            dev.peer_garbage(exc)
-            return None
-        except LinkDown:
-            raise
+            return await reading()
         except (StoreError, DeadlineError) as exc:
             failure = exc
-            dev.count("peer_unreadable")
+            dev.count("unreadable")
         if pause is not None:
             await asyncio.sleep(pause)
     assert failure is not None

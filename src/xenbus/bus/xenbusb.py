@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import life
@@ -21,6 +22,7 @@ from xenbus.bus.error_nodes import ErrorNodes
 from xenbus.bus.incarnation import Verdict, look, read_links
 from xenbus.bus.index import Index
 from xenbus.bus.ivars import child_sysctl
+from xenbus.bus.peer import refresh_own
 from xenbus.bus.state import Side, XenbusState, parse_state, strstate
 from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError
 from xenbus.hypervisor.interface import Hypervisor
@@ -44,12 +46,14 @@ class Settings:
     detach:       an orderly detach in all, before it is forced
     boot:         how long one device holds boot
     transactions: open at a time
+    attempts:     of one transaction that meets EAGAIN, with a growing pause between them
     """
 
     callback: float = 30.0
     detach: float = 10.0
     boot: float = 30.0
     transactions: int = 4
+    attempts: int = 20
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,6 +125,13 @@ class XenBus:
     def child_sysctl(self, child: Device) -> Mapping[str, Leaf]:
         return child_sysctl(child.ivars) if isinstance(child.ivars, XenbusDevice) else {}
 
+    def sysctl(self) -> Mapping[str, Leaf]:
+        """The bus's own leaves: how many devices, and what it came across."""
+        found: dict[str, Leaf] = {"devices": lambda: len(self.devices)}
+        for name in sorted(self.counters):
+            found[f"count.{name}"] = partial(self.counters.__getitem__, name)
+        return found
+
     # ---- overrides ----
 
     async def enumerate_type(self, device_type: str) -> list[str]:
@@ -135,7 +146,7 @@ class XenBus:
     async def localend_changed(self, dev: XenbusDevice, path: str) -> None:
         """seed: xenbusb_localend_changed, with its test the right way round (B6)."""
         if path in ("", "/state"):
-            await dev.refresh_state()
+            await refresh_own(dev)
         if dev.hears_local and dev.driver is not None:
             await life.call(dev, "localend_changed", dev.driver.localend_changed(path))
 
@@ -413,7 +424,7 @@ class XenBus:
         """At most `Settings.transactions` open at a time: a guest has 10 for everything. The client retries
         EAGAIN alone, a bounded number of times, and aborts only what was started (B2, B5)."""
         async with self._slots:
-            return await self.store.transaction(function)
+            return await self.store.transaction(function, attempts=self.settings.attempts)
 
     async def check_incarnation(self, dev: XenbusDevice, tx: Transaction) -> None:
         """DeviceGone unless the node is still this device; the bus then looks for itself."""
@@ -483,7 +494,7 @@ class XenBus:
 
     async def suspend(self) -> dict[str, Exception]:
         """Every driver's suspend, together (B13); events wait from then on. The failures by node."""
-        self._mailbox.pause()
+        await self._mailbox.stand_still()
         devs = list(self.devices.values())
         orders = [life.Suspend() for _ in devs]
         for dev, order in zip(devs, orders, strict=True):

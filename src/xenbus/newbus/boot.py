@@ -31,16 +31,19 @@ class Token:
 
 
 class BootHold:
-    """The tokens of one tree. `on_clear` callbacks run each time the last one goes."""
+    """The tokens of one tree. `late`: whose time was over, by name, since the hold was last clear."""
 
-    __slots__ = ("_on_clear", "_tokens")
+    __slots__ = ("_on_clear", "_tokens", "late")
 
     def __init__(self) -> None:
         self._tokens: dict[Token, None] = {}
+        self.late: dict[str, None] = {}
         self._on_clear: list[Callable[[], None]] = []
 
     def hold(self, what: str, expires: float) -> Token:
         """what: who holds, for the message when it is too old; expires: in the caller's clock, seconds."""
+        if not self._tokens:
+            self.late.clear()
         token = Token(self, what, expires)
         self._tokens[token] = None
         return token
@@ -67,6 +70,7 @@ class BootHold:
         """Releases what is too old; who that was."""
         old = [token for token in self._tokens if token.expires <= now]
         for token in old:
+            self.late[token.what] = None
             token.release()
         return [token.what for token in old]
 

@@ -86,6 +86,12 @@ class Mailbox:
         """Events wait, after the one that is being handled, until `go_on`."""
         self._paused = True
 
+    async def stand_still(self) -> None:
+        """Pauses, and waits for the event that is being handled."""
+        self.pause()
+        if self._task is not None and self._task is not asyncio.current_task():
+            await asyncio.wait({self._task})
+
     def go_on(self) -> None:
         self._paused = False
         self._start()
@@ -152,7 +158,6 @@ async def wait_boot(hold: BootHold, timeout: float) -> list[str]:
     end = loop.time() + timeout
     changed = asyncio.Event()
     unsubscribe = hold.subscribe(changed.set)
-    late: list[str] = []
     try:
         while not hold.clear:
             now = loop.time()
@@ -165,7 +170,7 @@ async def wait_boot(hold: BootHold, timeout: float) -> list[str]:
             except TimeoutError:
                 pass
             changed.clear()
-            late += hold.expire(loop.time())
+            hold.expire(loop.time())
     finally:
         unsubscribe()
-    return late
+    return list(hold.late)
