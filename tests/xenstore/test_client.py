@@ -65,11 +65,9 @@ class Script:
         self.transport = transport
         self.parser = Parser()
         self.inbox: asyncio.Queue[Message] = asyncio.Queue()
-        self.chunks = 0
         transport.start(self)
 
     def data_received(self, data: bytes | memoryview) -> None:
-        self.chunks += 1
         for message in self.parser.feed(data):
             self.inbox.put_nowait(message)
 
@@ -81,6 +79,20 @@ class Script:
 
     def answer(self, message: Message, payload: bytes) -> None:
         self.transport.send([encode(message.op, message.req_id, message.tx_id, payload)])
+
+
+def sent_by(client: Client) -> list[list[bytes]]:
+    """The messages of each write from now on."""
+    transport = client._transport
+    sends: list[list[bytes]] = []
+    send = transport.send
+
+    def counted(messages: list[bytes]) -> None:
+        sends.append(list(messages))
+        send(messages)
+
+    transport.send = counted
+    return sends
 
 
 def with_script(test: Callable[[Client, Script], Awaitable[None]]) -> Callable[[], None]:
@@ -203,9 +215,10 @@ def test_where_nobody_listens(tmp_path) -> None:
 async def test_concurrent_requests_share_a_write_and_a_timer(client: Client, script: Script) -> None:
     loop = asyncio.get_running_loop()
     before = len(loop._scheduled)
+    sends = sent_by(client)
     reads = [asyncio.create_task(client.read(f"/{n}")) for n in range(64)]
     messages = [await script.inbox.get() for _ in range(64)]
-    assert script.chunks == 1
+    assert [len(messages) for messages in sends] == [64]
     assert len(loop._scheduled) - before == 1
     for message in reversed(messages):
         script.answer(message, message.payload)
@@ -380,6 +393,20 @@ async def test_events_coalesce_and_are_bounded(client: Client, served: Session, 
         found = [await anext(paths)]
         assert found == ["/e"]
         assert client.counts()["watches"] == 1
+
+
+@with_store
+async def test_waiting_reads_once_for_a_burst_of_events(
+    client: Client, served: Session, store: Store
+) -> None:
+    other, _ = await store.link("memory")
+    waiting = asyncio.create_task(client.wait_for("/s", lambda value: value == b"end", 10))
+    await asyncio.sleep(0.01)
+    sends = sent_by(client)
+    await asyncio.gather(*(other.write(f"/s/{n}", "") for n in range(100)), other.write("/s", "end"))
+    assert await waiting == b"end"
+    assert len(sends) <= 5
+    await other.close()
 
 
 @with_store
