@@ -93,6 +93,20 @@ def test_neighbours_written_at_once_do_not_undo_each_other(cuts):
     asyncio.run(main())
 
 
+def test_a_whole_sector_written_meanwhile_is_not_undone():
+    async def main():
+        disk = Strict()
+        blocks = AlignedBlocks(disk)
+        async with asyncio.timeout(5):
+            await asyncio.gather(
+                blocks.write(100, memoryview(b"b" * 10)), blocks.write(0, memoryview(b"a" * SECTOR))
+            )
+        assert disk.data[:100] == b"a" * 100
+        assert disk.data[110:SECTOR] == b"a" * (SECTOR - 110)
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_wait_for_the_lock_lets_the_others_in():
     async def main():
         disk = Strict()

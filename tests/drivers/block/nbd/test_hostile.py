@@ -518,16 +518,18 @@ def test_a_cancelled_read_leaves_its_buffer_alone_and_the_link_alive(tmp_path):
             fake(tmp_path / "nbd", serve) as where,
             await NbdClient.connect(where, timeout=5) as client,
         ):
-            buffer = bytearray(len(payload))
-            task = asyncio.create_task(client.read_into(0, memoryview(buffer)))
+            buffer, second = bytearray(200 << 10), bytearray(56 << 10)
+            task = asyncio.create_task(client.readv(0, [memoryview(buffer), memoryview(second)]))
             await until(lambda: buffer.count(b"P") >= 100 << 10)
             task.cancel()
             await asyncio.wait([task])
             assert task.cancelled()
             del task
             buffer.clear()  # BufferError if a view of it were still held
+            second += b"!"
             go.set()
             assert await client.read(0, 512) == b"n" * 512
             assert not client._session.pending
+            assert b"P" not in second
 
     asyncio.run(main())

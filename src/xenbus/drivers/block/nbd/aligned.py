@@ -6,7 +6,7 @@ Knows the Blocks protocol. Knows nothing of NBD.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from xenbus.drivers.block.storage.interface import Blocks
@@ -18,46 +18,48 @@ class WriteLock:
     """Writes of whole sectors share it; a read-modify-write has it alone, or it would undo a neighbour's."""
 
     def __init__(self) -> None:
-        self._changed = asyncio.Condition()
         self._shared = 0
         self._alone = False
-        self._waiting = 0
+        self._wanted_alone = 0
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def _until(self, free: Callable[[], bool]) -> None:
+        while not free():
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def _tell(self) -> None:
+        """Everybody looks again: a waiter that was cancelled meanwhile then takes nothing with it."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        if self._alone or self._waiting:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._alone and not self._waiting)
-                self._shared += 1
-        else:
-            self._shared += 1
+        await self._until(lambda: not self._alone and not self._wanted_alone)
+        self._shared += 1
         try:
             yield
         finally:
             self._shared -= 1
-            await self._tell()
+            self._tell()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        self._waiting += 1
+        self._wanted_alone += 1
         try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._alone and not self._shared)
-                self._alone = True
+            await self._until(lambda: not self._alone and not self._shared)
+            self._alone = True
         finally:
-            self._waiting -= 1
-            if not self._alone:
-                await self._tell()
+            self._wanted_alone -= 1
+            self._tell()
         try:
             yield
         finally:
             self._alone = False
-            await self._tell()
-
-    async def _tell(self) -> None:
-        if not self._shared and not self._alone:
-            async with self._changed:
-                self._changed.notify_all()
+            self._tell()
 
 
 class AlignedBlocks:

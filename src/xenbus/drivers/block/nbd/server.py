@@ -39,7 +39,9 @@ class NbdServer:
 
     def __init__(self, disk: Blocks, *, export: str = "", description: str = "") -> None:
         flags = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.CAN_MULTI_CONN
-        flags |= Flag.READ_ONLY if disk.readonly else Flag.SEND_TRIM | Flag.SEND_WRITE_ZEROES
+        flags |= Flag.READ_ONLY if disk.readonly else Flag.SEND_WRITE_ZEROES
+        if not disk.readonly and getattr(disk, "discards", True):
+            flags |= Flag.SEND_TRIM
         sector = disk.sector_size
         self.export = Export(export, disk.size, flags, sector, max(4096, sector), description=description)
         self.path: Path | None = None
