@@ -153,6 +153,18 @@ def test_nothing_of_a_dead_domain_stays(engine: Engine, dom0: Talk) -> None:
     assert again.error(Op.READ, "/local/domain/6/peer") == "EACCES", "a new domain has none of its rights"
 
 
+def test_a_dead_domains_tree_fires_at_its_root_alone(engine: Engine, dom0: Talk) -> None:
+    five = guest(engine, dom0, 5)
+    dom0.write("/x")
+    dom0.chmod("/x", "n0 b5")
+    tx = five.start()
+    five.write("/x/p/q/r", "", tx)
+    assert five.end(tx) == ""
+    dom0.watch("/x")
+    engine.domain_died(5)
+    assert dom0.seen() == ["/x/p"]
+
+
 def test_death_of_a_domain_never_introduced(engine: Engine, dom0: Talk) -> None:
     Talk(engine, 5)
     dom0.write("/n5")
