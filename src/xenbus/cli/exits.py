@@ -40,7 +40,7 @@ _BY_ERRNO = {
     "EPERM": Exit.DENIED,
     "ETIMEDOUT": Exit.TIMEOUT,
 }
-_BY_KIND = {kind.__name__: code for kind, code in _BY_TYPE}
+_BY_KIND = {kind.__name__: code for kind, code in _BY_TYPE} | {"NotFound": Exit.NOT_FOUND}
 
 
 def code_of(error: BaseException) -> Exit | None:

@@ -17,6 +17,14 @@ from xenbus.cli import exits
 # Name -> (module below xenbus.cli, its help in one line). The module's command is called `command`. The
 # line stands here so that `xenbus --help` need not import the module; a test holds the two together.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Show the whole of it: a host, a guest, a disk, data, faults."),
+    "up": ("up", "Start a host: supervisor, store, domain 0."),
+    "domain": ("domain", "Create, end, suspend and list domains."),
+    "attach": ("attach", "Give a domain a device."),
+    "detach": ("detach", "Take a device away from a domain."),
+    "tree": ("tree", "Show the device trees of all domains."),
+    "sysctl": ("sysctl", "Read variables of the device trees."),
+    "nbd": ("nbd", "Export a guest's disk over NBD."),
     "completion": ("completion", "Print a script that completes xenbus in your shell."),
     "store": ("store", "Read, write and watch a XenStore, or serve one."),
 }

@@ -71,7 +71,8 @@ class Child:
         """SIGTERM (or SIGKILL), SIGKILL after a deadline; returns when it is gone."""
         self.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         try:
-            return await asyncio.wait_for(self.wait(), STOP_DEADLINE)
+            async with asyncio.timeout(STOP_DEADLINE):
+                return await self.wait()
         except TimeoutError:
             self.send_signal(signal.SIGKILL)
             return await self.wait()

@@ -64,8 +64,12 @@ class Domain:
     process: Child | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
     def describe(self) -> dict[str, object]:
-        pid = self.process.pid if self.process and self.process.returncode is None else None
+        pid = self.process.pid if self.process and self.alive else None
         return {
             "domid": self.domid,
             "name": self.name,
@@ -198,7 +202,8 @@ class Host:
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
         )
         try:
-            line = await asyncio.wait_for(reader.readline(), START_DEADLINE)
+            async with asyncio.timeout(START_DEADLINE):
+                line = await reader.readline()
         except TimeoutError:
             raise DeadlineError(
                 f"{name} to be ready", f"its process; see {self.layout.log(name)}", START_DEADLINE
@@ -254,7 +259,8 @@ class Host:
     async def _reap(self, process: Child) -> None:
         """A process that let go of its domain is about to end; its exit code tells why, so it may."""
         try:
-            await asyncio.wait_for(process.wait(), STOP_DEADLINE)
+            async with asyncio.timeout(STOP_DEADLINE):
+                await process.wait()
         except TimeoutError:
             await process.end(kill=True)
 
@@ -278,7 +284,7 @@ class Host:
 
     async def _rpc_processes(self, call: Call) -> object:
         """pids by name, the supervisor's and the store's too: an operator's `ps`."""
-        pids = {d.name: d.process.pid for d in self.domains.values() if d.process}
+        pids = {d.name: d.process.pid for d in self.domains.values() if d.process and d.alive}
         return {"supervisor": os.getpid(), STORE: self._store.pid if self._store else None, **pids}
 
     async def _rpc_create(self, call: Call) -> object:
@@ -320,7 +326,8 @@ class Host:
         domain = self._guest(call)
         seconds = call.seconds("timeout", 30.0)
         try:
-            await asyncio.wait_for(self.broker.suspended(domain.domid), seconds)
+            async with asyncio.timeout(seconds):
+                await self.broker.suspended(domain.domid)
         except TimeoutError:
             raise DeadlineError("the suspend", f"domain {domain.domid} ({domain.name})", seconds) from None
         domain.state = DomainState.SUSPENDED
@@ -354,7 +361,8 @@ class Host:
         domain = self._guest(call)
         seconds = call.seconds("timeout", 30.0)
         try:
-            await asyncio.wait_for(domain.ended.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await domain.ended.wait()
         except TimeoutError:
             raise DeadlineError(
                 "the domain's end", f"domain {domain.domid} ({domain.name})", seconds

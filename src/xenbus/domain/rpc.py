@@ -260,9 +260,11 @@ class RpcClient:
             if len(line) > REQUEST_MAX:
                 raise UsageError(f"{method}: a request has at most {REQUEST_MAX} bytes")
             self._writer.write(line)
-            return await asyncio.wait_for(future, timeout)
+            # Not wait_for: before 3.12 it loses a cancellation that comes with the result.
+            async with asyncio.timeout(timeout):
+                return await future
         except TimeoutError:
-            if future.done() and not future.cancelled():
+            if future.done() and not future.cancelled() and future.exception() is not None:
                 raise
             raise DeadlineError(f"the answer to {method}", str(self.path), timeout) from None
         finally:
@@ -292,6 +294,16 @@ class RpcClient:
             future.set_exception(_remote(message["error"]))
         else:
             future.set_result(message.get("result"))
+
+    async def lost_or(self, stop: asyncio.Event) -> None:
+        """Returns when `stop` is set; LinkDown if the other end goes before."""
+        waiting = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({waiting, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if not stop.is_set():
+            raise LinkDown(f"{self.path}: closed by the other end")
 
     async def close(self) -> None:
         self._writer.close()

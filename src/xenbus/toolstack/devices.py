@@ -33,6 +33,12 @@ class DeviceSpec:
     front: Mapping[str, str] = field(default_factory=dict)
     back: Mapping[str, str] = field(default_factory=dict)
 
+    def rehomed(self, *, front_domid: int, back_domid: int | None = None) -> DeviceSpec:
+        """The same device for another domain, and from another one if that is said."""
+        old = self.paths
+        home = old.back_domid if back_domid is None else back_domid
+        return DeviceSpec(DevicePaths(old.kind, old.devid, front_domid, home), self.front, self.back)
+
 
 def _perms(owner: int, reader: int) -> list[Perm]:
     """Nobody but the owner, and the other end may read: `n<owner> r<reader>`."""
@@ -254,7 +260,8 @@ class _Watched:
         if seconds <= 0:
             return False
         try:
-            await asyncio.wait_for(self._event.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
         except TimeoutError:
             return False
         self._event.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from xenbus.xenstore.wire import Access, Perm
 log = logging.getLogger(__name__)
 
 SHUTDOWN_DEADLINE = 30.0  # seconds for a guest to obey control/shutdown
+FEATURE_DEADLINE = 5.0  # seconds for a guest to say what it obeys
 CLOSE_DEADLINE = 10.0  # seconds for back ends to let go of a dead guest's devices
 # The ring page's frame number means nothing: the daemon maps grant 1 (docs/misc/xenstore.txt, INTRODUCE).
 NO_GFN = 0
@@ -86,13 +88,18 @@ class Toolstack:
 
     # -- life ----------------------------------------------------------------------------------------
 
-    async def create(self, name: str) -> DomainInfo:
-        """A running guest with no devices. What was made is unmade if a step fails."""
+    async def create(self, name: str, devices: Sequence[DeviceSpec] = ()) -> DomainInfo:
+        """A running guest, which finds `devices` (for whichever domid they were) at its boot.
+
+        What was made is unmade if a step fails.
+        """
         check_name(name)
         made = await self.host.call("create", name=name)
         domid = made["domid"]
         try:
             await self._introduce(domid, name, made["store_port"])
+            for spec in devices:
+                await write_device(self.store, spec.rehomed(front_domid=domid))
             return DomainInfo(**await self.host.call("unpause", domid=domid, timeout=60.0))
         except BaseException:
             await self.destroy(domid)
@@ -186,8 +193,13 @@ class Toolstack:
         """
         control = f"{domain_path(domid)}/control"
         feature = f"feature-{'poweroff' if reason == 'halt' else reason}"
-        if await self._read(f"{control}/{feature}") != b"1":
-            raise UsageError(f"domain {domid} does not say {feature}: it would not obey {reason!r}")
+        try:
+            # A guest that has just come up says so in a moment.
+            await self.store.wait_for(
+                f"{control}/{feature}", lambda v: v == b"1", min(timeout, FEATURE_DEADLINE)
+            )
+        except DeadlineError:
+            raise UsageError(f"domain {domid} does not say {feature}: it would not obey {reason!r}") from None
         await self.store.write(f"{control}/shutdown", reason)
         try:
             await self.store.wait_for(f"{control}/shutdown", lambda value: not value, timeout)
@@ -241,29 +253,21 @@ class Toolstack:
         await self._forget(domid, [])
         await self._introduce(new, info.name, made["store_port"])
         for spec in devices:
-            old = spec.paths
-            home = old.back_domid if back_domid is None else back_domid
-            paths = DevicePaths(old.kind, old.devid, new, home)
-            await write_device(self.store, DeviceSpec(paths, spec.front, spec.back))
+            await write_device(self.store, spec.rehomed(front_domid=new, back_domid=back_domid))
         return DomainInfo(**await self.host.call("resume", domid=new))
 
     async def reboot(self, dead: int, name: str) -> DomainInfo:
         """What follows a guest's own reboot: it is made again, under another domid, with its devices."""
         devices = await list_devices(self.store, dead)
         await self.destroy(dead)
-        born = await self.create(name)
-        for spec in devices:
-            old = spec.paths
-            paths = DevicePaths(old.kind, old.devid, born.domid, old.back_domid)
-            await write_device(self.store, DeviceSpec(paths, spec.front, spec.back))
-        return born
+        return await self.create(name, devices)
 
     # -- one domain's own socket ---------------------------------------------------------------------
 
-    async def ask(self, name: str, method: str, *, timeout: float = 30.0, **params: Any) -> Any:
+    async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any:
         """Call a domain's control socket once: tree, sysctl, counters, device operations."""
-        async with await RpcClient.connect(self.layout.control_socket(name)) as domain:
-            return await domain.call(method, timeout=timeout, **params)
+        async with await RpcClient.connect(self.layout.control_socket(domain)) as connection:
+            return await connection.call(method, timeout=timeout, **params)
 
     async def bury_the_dead(self) -> list[DomainInfo]:
         """Domains that ended by themselves: rebooted ones are made again, the others forgotten."""

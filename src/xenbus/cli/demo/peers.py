@@ -11,6 +11,8 @@ from pathlib import Path
 from xenbus.errors import XenbusError
 
 DEADLINE = 60.0
+# Programs that copy an export to a file, with what stands before the URI.
+_COPIES = {"nbdcopy": (), "qemu-img": ("convert", "-f", "raw", "-O", "raw")}
 
 
 async def _run(*command: str, environment: dict[str, str] | None = None) -> bytes:
@@ -22,7 +24,8 @@ async def _run(*command: str, environment: dict[str, str] | None = None) -> byte
         env=os.environ | (environment or {}),
     )
     try:
-        out, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+        async with asyncio.timeout(DEADLINE):
+            out, err = await process.communicate()
     except TimeoutError:
         process.kill()
         await process.wait()
@@ -47,14 +50,10 @@ async def nbd_programs(socket: Path, folder: Path) -> dict[str, str | None]:
     if shutil.which("nbdinfo"):
         await _run("nbdinfo", uri)
         found["nbdinfo"] = None
-    copies = {
-        "nbdcopy": lambda out: ("nbdcopy", uri, out),
-        "qemu-img": lambda out: ("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, out),
-    }
-    for name, command in copies.items():
+    for name, before_uri in _COPIES.items():
         if shutil.which(name):
             out = folder / f"{name}.copy"
-            await _run(*command(str(out)))
+            await _run(name, *before_uri, uri, str(out))
             found[name] = hashlib.sha256(out.read_bytes()).hexdigest()
             out.unlink()
     return found

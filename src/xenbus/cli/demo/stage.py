@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Stage:
         )
         assert self._host.stdout is not None
         try:
-            line = await asyncio.wait_for(self._host.stdout.readline(), START_DEADLINE)
+            async with asyncio.timeout(START_DEADLINE):
+                line = await self._host.stdout.readline()
         except TimeoutError:
             raise DeadlineError("the host to be ready", "xenbus up", START_DEADLINE) from None
         check(line.strip() == b"ready", f"xenbus up did not start; see the logs in {self.root}/log")
@@ -69,7 +70,8 @@ class Stage:
             self._toolstack = None
         if self._host is not None and self._host.returncode is None:
             self._host.terminate()
-            await asyncio.wait_for(self._host.wait(), START_DEADLINE)
+            async with asyncio.timeout(START_DEADLINE):
+                await self._host.wait()
 
     async def show_trees(self) -> None:
         domains = await self.toolstack.domains()
@@ -84,6 +86,14 @@ class Stage:
 
     async def connect(self, name: str) -> RpcClient:
         return await RpcClient.connect(self.toolstack.layout.control_socket(name))
+
+    async def until(self, holds: Callable[[], Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
+        """Ask again until it holds: for what no watch tells, such as the process behind a name."""
+        end = asyncio.get_running_loop().time() + seconds
+        while not await holds():
+            if asyncio.get_running_loop().time() > end:
+                raise DeadlineError(what, "the host", seconds)
+            await asyncio.sleep(0.02)
 
     # -- what is held --------------------------------------------------------------------------------
 
@@ -111,7 +121,10 @@ class Stage:
 
 
 def _descriptors(pid: int) -> int:
-    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:  # it has just ended
+        return 0
 
 
 async def dump(toolstack: Toolstack, path: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import os
@@ -37,7 +36,7 @@ def _rate(count: float, seconds: float) -> str:
     return f"{count / seconds / 1e6:.0f} MB/s" if seconds else "-"
 
 
-async def _attach(stage: Stage, name: str, image: Path, vdev: str, back: int = 0) -> DevicePaths:
+async def give_disk(stage: Stage, name: str, image: Path, vdev: str, back: int = 0) -> DevicePaths:
     guest = await stage.toolstack.find(name)
     spec = DiskSpec(guest.domid, str(image), vdev, back_domid=back).device()
     await write_device(stage.toolstack.store, spec)
@@ -65,7 +64,7 @@ async def start(stage: Stage) -> None:
 
 async def attach(stage: Stage) -> None:
     """A disk for the guest"""
-    paths = await _attach(stage, GUEST, stage.image, "xvda")
+    paths = await give_disk(stage, GUEST, stage.image, "xvda")
     await stage.show_trees()
     stage.show.fact(f"{paths.front} and {paths.back} are Connected", front=paths.front, back=paths.back)
     stage.did("handshake to Connected")
@@ -126,12 +125,16 @@ async def nbd(stage: Stage) -> None:
             check(sum_ in (None, expected), f"{name} read other bytes: SHA-256 {sum_}")
             stage.show.fact(f"{name} agrees", program=name)
             stage.did(name)
-    check(not socket.exists(), "the export outlived who asked for it")
+    await stage.until(lambda: _absent(socket), "the export to go with who asked for it")
+
+
+async def _absent(path: Path) -> bool:
+    return not path.exists()
 
 
 async def _read_export(stage: Stage, socket: Path) -> str:
     sum_ = hashlib.sha256()
-    client = await NbdClient.connect_unix(socket)
+    client = await NbdClient.connect(f"nbd+unix:///?socket={socket}", readonly=True)
     try:
         with stage.show.progress("reading over NBD", client.size) as advance:
             for at in range(0, client.size, CHUNK):
@@ -171,15 +174,18 @@ async def hotplug(stage: Stage) -> None:
     second = stage.root / "second.img"
     second.write_bytes(os.urandom(1 << 20))
     async with _Load(stage) as load:
-        paths = await _attach(stage, GUEST, second, "xvdb")
+        paths = await give_disk(stage, GUEST, second, "xvdb")
         await stage.show_trees()
         result = await stage.disk(GUEST, "xbd1", "digest")
         check(result["sha256"] == _digest(second), "the second disk read other bytes")
         await detach_device(stage.toolstack.store, paths)
-        lines = (await stage.ask(GUEST, "tree"))["lines"]
-        check(not any("xbd1" in line for line in lines), "xbd1 is still in the guest's tree")
+        await stage.until(lambda: _has_not(stage, GUEST, "xbd1"), "xbd1 to leave the guest's tree")
     stage.show.fact(f"xbd1 came, was read and went; {load.words()}", **load.result)
     stage.did("hot-plug and unplug under load")
+
+
+async def _has_not(stage: Stage, name: str, device: str) -> bool:
+    return not any(device in line for line in (await stage.ask(name, "tree"))["lines"])
 
 
 async def suspend(stage: Stage) -> None:
@@ -226,21 +232,22 @@ async def shutdown(stage: Stage) -> None:
     stage.show.fact(f"reboot: acknowledged; domain {guest.domid} came back as {reborn.domid} with its disk")
     brief = await stage.toolstack.create(BRIEF)
     await stage.toolstack.poweroff(brief.domid)
-    check(
-        BRIEF not in [d.name for d in await stage.toolstack.domains()], "a domain that was powered off is there"
-    )
+    names = [domain.name for domain in await stage.toolstack.domains()]
+    check(BRIEF not in names, "a domain that was powered off is still there")
     stage.show.fact(f"poweroff: domain {brief.domid} said feature-poweroff, acknowledged and ended")
     stage.did("reboot and poweroff")
 
 
 async def _another(stage: Stage, name: str, old: int) -> DomainInfo:
     """The domain of that name once it has another domid and runs."""
-    async with asyncio.timeout(30.0):
-        while True:
-            for info in await stage.toolstack.domains():
-                if info.name == name and info.domid != old and info.state == "running":
-                    return info
-            await asyncio.sleep(0.05)
+    found: list[DomainInfo] = []
+
+    async def there() -> bool:
+        found[:] = [d for d in await stage.toolstack.domains() if d.name == name and d.domid != old]
+        return bool(found) and found[0].state == "running"
+
+    await stage.until(there, f"{name} to come back")
+    return found[0]
 
 
 async def kill(stage: Stage) -> None:
@@ -249,7 +256,7 @@ async def kill(stage: Stage) -> None:
     await _bury(stage, GUEST)
     before = await stage.settle({}, 1.0)
     guest = await stage.toolstack.create(GUEST)
-    await _attach(stage, GUEST, stage.image, "xvda")
+    await give_disk(stage, GUEST, stage.image, "xvda")
     await stage.show_trees()
     assert guest.pid is not None
     os.kill(guest.pid, signal.SIGKILL)

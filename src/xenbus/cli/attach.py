@@ -1,0 +1,85 @@
+"""`xenbus attach`: a device for a domain. One subcommand a kind of device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from xenbus.cli.completing import domains
+from xenbus.cli.context import dir_option, emit, json_option
+
+if TYPE_CHECKING:
+    from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.paths import DevicePaths
+
+
+@click.group("attach", short_help="Give a domain a device.")
+def command() -> None:
+    """Give a domain a device.
+
+    \b
+    Example:
+      xenbus attach block --domain guest --image disk.img --dir /tmp/host
+    """
+
+
+@command.command("block")
+@dir_option
+@json_option
+@click.option("--domain", required=True, metavar="NAME", shell_complete=domains, help="Who gets it.")
+@click.option(
+    "--image",
+    required=True,
+    metavar="FILE",
+    help="File, block device, memory:SIZE, nbd://...",
+)
+@click.option("--device", default="xvda", show_default=True, help="The guest's name for it.")
+@click.option("--readonly", is_flag=True, help="The guest can't write it.")
+@click.option("--sector-size", type=click.Choice(["512", "4096"]), help="Bytes (the storage's).")
+@click.option("--backend", default="0", metavar="NAME", shell_complete=domains, help="Who serves it.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds.")
+@click.option("--no-wait", is_flag=True, help="Write the nodes and go.")
+def block(
+    directory: Path | None,
+    as_json: bool,
+    domain: str,
+    image: str,
+    device: str,
+    readonly: bool,
+    sector_size: str | None,
+    backend: str,
+    timeout: float,
+    no_wait: bool,
+) -> None:
+    """Attach a disk, and wait until both ends are Connected. What does not connect is taken away again.
+
+    \b
+    Example:
+      xenbus attach block --domain guest --image disk.img --device xvdb --readonly --dir /tmp/host
+      xenbus attach block --domain guest --image 'nbd+unix:///?socket=/tmp/s' --dir /tmp/host
+    """
+    from xenbus.cli.hosts import with_toolstack
+    from xenbus.errors import XenbusError
+    from xenbus.toolstack.block import DiskSpec
+    from xenbus.toolstack.devices import detach_device, wait_connected, write_device
+
+    async def action(toolstack: Toolstack) -> DevicePaths:
+        front, back = await toolstack.find(domain), await toolstack.find(backend)
+        disk = DiskSpec(
+            front.domid, image, device, readonly, back.domid, int(sector_size) if sector_size else None
+        )
+        spec = disk.device()
+        await write_device(toolstack.store, spec)
+        if not no_wait:
+            try:
+                await wait_connected(toolstack.store, spec.paths, timeout)
+            except XenbusError:
+                await detach_device(toolstack.store, spec.paths, force=True)
+                raise
+        return spec.paths
+
+    paths = with_toolstack(directory, action)
+    data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
+    emit(data, as_json, f"{device}: {paths.front}, served by {paths.back}")

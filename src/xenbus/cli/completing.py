@@ -1,0 +1,56 @@
+"""Tab completion of what only a running host knows: names of domains and devices. Never an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+PATIENCE = 2.0  # seconds that a person waits after a tab
+
+
+def _ask(ctx: click.Context, action: Callable[[Any], Any]) -> Any:
+    import asyncio
+    import os
+
+    from xenbus.cli.context import DIR_VARIABLE
+    from xenbus.errors import XenbusError
+    from xenbus.toolstack.domains import Toolstack
+
+    directory = ctx.params.get("directory") or os.environ.get(DIR_VARIABLE)
+    if not directory:
+        return []
+
+    async def main() -> Any:
+        async with asyncio.timeout(PATIENCE), await Toolstack.open(Path(directory)) as toolstack:
+            return await action(toolstack)
+
+    try:
+        return asyncio.run(main())
+    except (XenbusError, OSError):
+        return []
+
+
+def domains(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    async def names(toolstack: Any) -> list[str]:
+        return [info.name for info in await toolstack.domains()]
+
+    return [CompletionItem(name) for name in _ask(ctx, names) if name.startswith(incomplete)]
+
+
+def devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    async def names(toolstack: Any) -> list[str]:
+        from xenbus.cli.hosts import trees, walk
+
+        return [
+            f"{info.name}/{device['nameunit']}"
+            for info, tree in (await trees(toolstack)).items()
+            for device in walk(tree["devices"])
+            if device.get("node")
+        ]
+
+    return [CompletionItem(name) for name in _ask(ctx, names) if name.startswith(incomplete)]

@@ -1,0 +1,64 @@
+"""Runs the demo's steps on a stage and says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+from xenbus.cli.demo.show import Data, Person, Show
+from xenbus.cli.demo.stage import Stage
+from xenbus.cli.demo.steps import GUEST, STEPS, give_disk
+from xenbus.drivers.block import image as shipped
+from xenbus.errors import UsageError, XenbusError
+
+
+def run(*, as_json: bool, image: Path | None, hold: bool, directory: Path | None) -> int:
+    """0 if all of it held, 1 otherwise."""
+    show: Show = Data() if as_json else Person()
+    with tempfile.TemporaryDirectory(prefix="xenbus-") as temporary:
+        root = (directory or Path(temporary) / "host").absolute()
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        disk = root / "disk.img"
+        if disk.exists():
+            raise UsageError(f"{disk} is there already: the demo writes on its own copy only")
+        try:
+            if image is None:
+                shipped.write_to(disk)
+            else:
+                shutil.copyfile(image, disk)
+            return asyncio.run(_run(Stage(root, disk, show), hold))
+        finally:
+            if directory is not None:
+                disk.unlink(missing_ok=True)
+
+
+async def _run(stage: Stage, hold: bool) -> int:
+    title = ""
+    try:
+        for step in STEPS:
+            title = (step.__doc__ or step.__name__).strip()
+            stage.show.step(title)
+            await step(stage)
+        if hold:
+            await _hold(stage)
+    except (XenbusError, TimeoutError, OSError) as error:
+        stage.show.end(f"FAILED in {title!r}: {type(error).__name__}: {error}", ok=False)
+        return 1
+    finally:
+        await stage.stop_host()
+    stage.show.end("verified: " + ", ".join(stage.verified), ok=True)
+    return 0
+
+
+async def _hold(stage: Stage) -> None:
+    """Up until Ctrl-C, with a guest and its disk to play with."""
+    await stage.toolstack.create(GUEST)
+    await give_disk(stage, GUEST, stage.image, "xvda")
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stage.show.step(f"Held: xenbus tree --dir {stage.root} (Ctrl-C ends it)")
+    await stop.wait()
