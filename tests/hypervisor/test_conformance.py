@@ -53,6 +53,7 @@ class BrokerRig:
     def __init__(self, children, limits):
         self.dead = []
         self.died = asyncio.Event()
+        self.socks = {}
         self.host = Broker(on_dead=self._on_dead, limits=limits)
         self.actors = []
 
@@ -62,12 +63,14 @@ class BrokerRig:
 
     async def domain(self, domid, privileged=False):
         self.host.create(domid)
-        actor = Actor(await connect(self.host.handle(domid, privileged=privileged)))
+        sock = self.host.handle(domid, privileged=privileged)
+        actor = Actor(await connect(sock))
+        self.socks[actor] = sock
         self.actors.append(actor)
         return actor
 
     async def kill(self, actor):
-        actor.hv._sock.shutdown(2)  # as the end of its process would: no farewell
+        self.socks[actor].shutdown(2)  # as the end of its process would: no farewell
 
     async def close(self):
         for actor in self.actors:

@@ -11,10 +11,10 @@ import errno
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
 
-from xenbus.errors import DeadlineError, HypervisorError, LinkDown, UsageError, XenbusError
+from xenbus.errors import HypervisorError, UsageError
 from xenbus.hypervisor import broker_wire as wire
+from xenbus.hypervisor.broker_call import DEADLINE_SECONDS, BrokerCall
 from xenbus.hypervisor.broker_links import BrokerChannel, LinkEnd
 from xenbus.hypervisor.broker_wire import Message, Op, ProtocolError
 from xenbus.hypervisor.interface import (
@@ -44,12 +44,8 @@ from xenbus.hypervisor.memory import (
     sealed_memfd,
 )
 
-T = TypeVar("T")
-
-DEADLINE_SECONDS = 30.0
 _ARENA_PAGES_FIRST = 256
 _ARENA_PAGES_MOST = 4096
-_MESSAGES_PER_WAKE_UP = 64
 _COPY_STATUS = {errno.ENOENT: GNTST_bad_gntref, errno.EPERM: GNTST_permission_denied}
 
 
@@ -102,31 +98,12 @@ class _RawMapping:
     arenas: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Request(Generic[T]):
-    """accept runs in the order of the broker's answers, whether or not anybody still waits; undo then gives
-    back what nobody is there to own."""
-
-    what: str
-    future: asyncio.Future[T]
-    accept: Callable[[Message], T]
-    undo: Callable[[T], None] | None
-    expires: float | None
-
-
 class BrokerHypervisor:
     """Hypervisor, GuestLife and DomainEvents over a broker socket. Made by `connect`."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sock = sock
-        self._receiver = wire.Receiver(sock, wire.FDS_MAX)
-        self._deadline = deadline
-        self._timer: asyncio.TimerHandle | None = None
-        self._serial = 0
-        self._requests: dict[int, _Request[Any]] = {}
-        self._out: list[tuple[bytes, tuple[int, ...]]] = []
-        self._lost: str | None = None
+        self._call = BrokerCall(sock, deadline, self._event, self._ended)
         self._lost_callbacks: list[Callable[[], None]] = []
         self._dead_callbacks: list[Callable[[int], None]] = []
         self._domid = -1
@@ -141,7 +118,6 @@ class BrokerHypervisor:
         self._links: dict[tuple[int, int], LinkEnd] = {}
         self._channels: dict[int, BrokerChannel] = {}
         self._start: StartInfo | None = None
-        self._loop.add_reader(sock, self._readable)
 
     @property
     def domid(self) -> int:
@@ -168,123 +144,8 @@ class BrokerHypervisor:
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Called at once if the broker is gone already."""
         self._lost_callbacks.append(callback)
-        if self._lost is not None:
+        if self._call.lost is not None:
             self._loop.call_soon(callback)
-
-    # -- requests and answers
-
-    async def _request(
-        self,
-        op: Op,
-        payload: bytes,
-        accept: Callable[[Message], T],
-        what: str,
-        *,
-        undo: Callable[[T], None] | None = None,
-        fds: tuple[int, ...] = (),
-        endless: bool = False,
-    ) -> T:
-        future: asyncio.Future[T] = self._loop.create_future()
-        expires = None if endless else self._loop.time() + self._deadline
-        self._post(_Request(what, future, accept, undo, expires), op, payload, fds)
-        return await future
-
-    def _post(self, request: _Request[Any], op: Op, payload: bytes, fds: tuple[int, ...] = ()) -> None:
-        if self._lost is not None:
-            raise LinkDown(f"{request.what}: {self._lost}")
-        self._serial = (self._serial % 0xFFFFFFFF) + 1
-        self._requests[self._serial] = request
-        if request.expires is not None and self._timer is None:
-            self._timer = self._loop.call_at(request.expires, self._expire)
-        self._out.append((wire.encode(op, self._serial, payload), fds))
-        if len(self._out) == 1:
-            self._flush()
-
-    async def _give_back(self, op: Op, payload: bytes, accept: Callable[[Message], None]) -> None:
-        """A refusal, or a broker that is gone, means that it was given back already (by a resume)."""
-        try:
-            await self._request(op, payload, accept, op.name)
-        except (HypervisorError, LinkDown):
-            pass
-
-    def _tell(self, op: Op, payload: bytes, accept: Callable[[Message], None] | None = None) -> None:
-        """A request whose answer nobody waits for. A refusal of it is of no interest: what it gives back was
-        gone already."""
-        if self._lost is None:
-            future: asyncio.Future[None] = self._loop.create_future()
-            future.cancel()
-            self._post(_Request(op.name, future, accept or _ignore, None, None), op, payload)
-
-    def _flush(self) -> None:
-        try:
-            while self._out:
-                wire.send(self._sock, *self._out[0])
-                wire.close_all(self._out.pop(0)[1])
-        except (BlockingIOError, InterruptedError):
-            self._loop.add_writer(self._sock, self._flush)
-            return
-        except OSError as error:
-            self._lose(f"the broker is gone: {error}")
-            return
-        self._loop.remove_writer(self._sock)
-
-    def _expire(self) -> None:
-        """One timer for all requests: they expire in the order they were made. Late answers are undone."""
-        self._timer = None
-        now = self._loop.time()
-        for request in self._requests.values():
-            if request.expires is None or request.future.done():
-                continue
-            if request.expires > now:
-                self._timer = self._loop.call_at(request.expires, self._expire)
-                return
-            request.future.set_exception(DeadlineError(request.what, "the broker", self._deadline))
-
-    def _readable(self) -> None:
-        try:
-            for _ in range(_MESSAGES_PER_WAKE_UP):
-                if self._lost is not None:
-                    return
-                message = self._receiver.receive()
-                if message is None:
-                    self._lose("the broker closed the connection")
-                    return
-                self._take(message)
-        except (BlockingIOError, InterruptedError):
-            pass
-        except ProtocolError as error:
-            self._lose(f"the broker broke the protocol: {error}")
-        except OSError as error:
-            self._lose(f"the broker is gone: {error}")
-
-    def _take(self, message: Message) -> None:
-        if message.serial == 0:
-            event = _EVENTS.get(message.op)
-            if event is None:
-                wire.close_all(message.fds)
-                raise ProtocolError(f"event {message.op}")
-            event(self, message)
-            return
-        request = self._requests.pop(message.serial, None)
-        if request is None:
-            wire.close_all(message.fds)
-            raise ProtocolError(f"an answer to {message.serial}, which was not asked")
-        try:
-            if message.status:
-                raise wire.refused(message.status, request.what)
-            result = request.accept(message)
-        except ProtocolError:
-            if not request.future.done():
-                request.future.set_exception(LinkDown(f"{request.what}: the broker broke the protocol"))
-            raise
-        except XenbusError as error:
-            if not request.future.done():
-                request.future.set_exception(error)
-            return
-        if not request.future.done():
-            request.future.set_result(result)
-        elif request.undo is not None:
-            request.undo(result)
 
     # -- grants
 
@@ -304,7 +165,7 @@ class BrokerHypervisor:
         async with self._arena_locks.setdefault((domid, writable), asyncio.Lock()):
             while True:
                 try:
-                    return await self._request(Op.ALLOC, payload, accept, what, undo=self._revoke)
+                    return await self._call.request(Op.ALLOC, payload, accept, what, undo=self._revoke)
                 except HypervisorError as error:
                     if error.name != "EAGAIN":
                         raise
@@ -342,14 +203,14 @@ class BrokerHypervisor:
             (base,) = wire.REF.unpack(message.payload)
             self._own[base] = _OwnArena((domid, writable), region, bytearray(pages))
 
-        await self._request(Op.ARENA, wire.ARENA.pack(domid, writable, pages), accept, what, fds=(fd,))
+        await self._call.request(Op.ARENA, wire.ARENA.pack(domid, writable, pages), accept, what, fds=(fd,))
 
     async def revoke(self, pages: GrantedPages) -> None:
         if isinstance(pages, BrokerPages) and pages in self._granted:
-            await self._give_back(Op.REVOKE, self._forget_pages(pages), _ignore)
+            await self._call.give_back(Op.REVOKE, self._forget_pages(pages), _ignore)
 
     def _revoke(self, pages: BrokerPages) -> None:
-        self._tell(Op.REVOKE, self._forget_pages(pages))
+        self._call.tell(Op.REVOKE, self._forget_pages(pages), _ignore)
 
     def _forget_pages(self, pages: BrokerPages) -> bytes:
         del self._granted[pages]
@@ -383,7 +244,7 @@ class BrokerHypervisor:
                 raise
 
         payload = wire.MAP.pack(1, len(entries)) + b"".join(entries)
-        return await self._request(Op.MAP, payload, accept, what, undo=self._unmap)
+        return await self._call.request(Op.MAP, payload, accept, what, undo=self._unmap)
 
     def _mapped(self, message: Message) -> _RawMapping:
         """Books what the broker has mapped, and maps the arenas that came along."""
@@ -434,14 +295,14 @@ class BrokerHypervisor:
         if isinstance(mapping, BrokerMapping) and mapping in self._mappings:
             self._forget_mapping(mapping)
             payload = wire.MAP_ID.pack(mapping.raw.number)
-            await self._give_back(Op.UNMAP, payload, lambda _: self._unmapped(mapping.raw))
+            await self._call.give_back(Op.UNMAP, payload, lambda _: self._unmapped(mapping.raw))
 
     def _unmap(self, mapping: BrokerMapping) -> None:
         self._forget_mapping(mapping)
         self._unmap_raw(mapping.raw)
 
     def _unmap_raw(self, raw: _RawMapping) -> None:
-        self._tell(Op.UNMAP, wire.MAP_ID.pack(raw.number), lambda _: self._unmapped(raw))
+        self._call.tell(Op.UNMAP, wire.MAP_ID.pack(raw.number), lambda _: self._unmapped(raw))
 
     def _forget_mapping(self, mapping: BrokerMapping) -> None:
         del self._mappings[mapping]
@@ -494,7 +355,7 @@ class BrokerHypervisor:
             self._unmap_raw(raw)
 
         payload = wire.MAP.pack(0, len(entries)) + b"".join(entries)
-        await self._request(Op.MAP, payload, accept, f"copying {len(entries)} segments")
+        await self._call.request(Op.MAP, payload, accept, f"copying {len(entries)} segments")
 
     # -- event channels
 
@@ -505,7 +366,7 @@ class BrokerHypervisor:
 
         payload = wire.DOMID.pack(check_domid(remote_domid))
         what = f"a port for domain {remote_domid}"
-        return await self._request(Op.PORT_ALLOC, payload, accept, what, undo=self._close_channel)
+        return await self._call.request(Op.PORT_ALLOC, payload, accept, what, undo=self._close_channel)
 
     async def bind_interdomain(
         self, remote_domid: int, remote_port: int, handler: Callable[[], None]
@@ -522,7 +383,7 @@ class BrokerHypervisor:
             return channel
 
         payload = wire.BIND.pack(check_domid(remote_domid), remote_port)
-        return await self._request(Op.PORT_BIND, payload, accept, what, undo=self._close_channel)
+        return await self._call.request(Op.PORT_BIND, payload, accept, what, undo=self._close_channel)
 
     def _add_channel(self, port: int, remote_domid: int, handler: Callable[[], None]) -> BrokerChannel:
         channel = BrokerChannel(port, remote_domid, handler, self._channel_closed)
@@ -530,13 +391,13 @@ class BrokerHypervisor:
         return channel
 
     async def _channel_closed(self, channel: BrokerChannel) -> None:
-        if self._channels.pop(channel.port, None) is not None and self._lost is None:
-            await self._give_back(Op.PORT_CLOSE, wire.PORT.pack(channel.port), _ignore)
+        if self._channels.pop(channel.port, None) is not None:
+            await self._call.give_back(Op.PORT_CLOSE, wire.PORT.pack(channel.port), _ignore)
 
     def _close_channel(self, channel: BrokerChannel) -> None:
         channel.drop()
         self._channels.pop(channel.port, None)
-        self._tell(Op.PORT_CLOSE, wire.PORT.pack(channel.port))
+        self._call.tell(Op.PORT_CLOSE, wire.PORT.pack(channel.port), _ignore)
 
     def _port_changed(self, message: Message) -> None:
         port, number, index, side, new = wire.PORT_STATE.unpack(message.payload)
@@ -573,7 +434,7 @@ class BrokerHypervisor:
     async def start_info(self, store_handler: Callable[[], None]) -> StartInfo:
         """Again before the next resume: the same, with the new handler."""
         if self._start is None:
-            await self._request(Op.START_INFO, b"", self._started, f"start info of domain {self._domid}")
+            await self._call.request(Op.START_INFO, b"", self._started, f"start info of domain {self._domid}")
         start = self._start
         if start is None:
             raise HypervisorError("ENOENT", f"start info of domain {self._domid}")
@@ -601,7 +462,7 @@ class BrokerHypervisor:
     async def suspend(self) -> SuspendResult:
         """No deadline: the toolstack's move, however long it takes. LinkDown if the broker goes away."""
         what = f"suspending domain {self._domid}"
-        return await self._request(Op.SUSPEND, b"", self._resumed, what, endless=True)
+        return await self._call.request(Op.SUSPEND, b"", self._resumed, what, endless=True)
 
     def _resumed(self, message: Message) -> SuspendResult:
         cancelled, domid = wire.SUSPENDED.unpack(message.payload)
@@ -631,33 +492,21 @@ class BrokerHypervisor:
         self._peers.clear()
         self._start = None
 
-    def _lose(self, why: str) -> None:
-        if self._shut(why):
+    def _event(self, message: Message) -> None:
+        event = _EVENTS.get(message.op)
+        if event is None:
+            wire.close_all(message.fds)
+            raise ProtocolError(f"event {message.op}")
+        event(self, message)
+
+    def _ended(self, unasked: bool) -> None:
+        self._wipe()
+        if unasked:
             for callback in self._lost_callbacks:
                 self._loop.call_soon(callback)
 
-    def _shut(self, why: str) -> bool:
-        if self._lost is not None:
-            return False
-        self._lost = why
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._sock.close()
-        for _, fds in self._out:
-            wire.close_all(fds)
-        self._out.clear()
-        self._wipe()
-        for request in self._requests.values():
-            if not request.future.done():
-                request.future.set_exception(LinkDown(f"{request.what}: {why}"))
-        self._requests.clear()
-        return True
-
     async def close(self) -> None:
-        self._shut("the handle was closed")
+        self._call.close()
 
     def welcome(self, message: Message) -> None:
         domid, privileged = wire.WELCOME.unpack(message.payload)
@@ -666,7 +515,7 @@ class BrokerHypervisor:
 
     async def greet(self) -> None:
         payload = wire.HELLO.pack(wire.MAGIC, wire.VERSION)
-        await self._request(Op.HELLO, payload, self.welcome, "the broker's greeting")
+        await self._call.request(Op.HELLO, payload, self.welcome, "the broker's greeting")
 
 
 _EVENTS: dict[int, Callable[[BrokerHypervisor, Message], None]] = {

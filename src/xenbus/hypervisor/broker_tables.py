@@ -432,9 +432,12 @@ class Tables:
         return found
 
     def drop_link(self, link: Link) -> None:
+        """Told to the ends that have its descriptors: one that does not read hears of no link at all, however
+        many come and go."""
         self._links.pop(link.ends, None)
+        know = {end for side, end in enumerate(link.ends) if side not in link.unsent}
         link.close()
-        for end in set(link.ends):
+        for end in know:
             end.listener.link_gone(link)
 
     def build(self, domain: Domain) -> None:
