@@ -95,6 +95,18 @@ def test_cached_reads_and_small_writes_need_no_thread(tmp_path):
     asyncio.run(main())
 
 
+def test_a_very_long_read_does_not_hold_the_loop_up(tmp_path):
+    async def main():
+        disk = await open_storage(str(image(tmp_path, 4 << 20)))
+        await disk.read_into(0, view(4 << 20))
+        assert disk._workers._pool is not None
+        with pytest.raises(StorageError, match="EINVAL"):
+            await disk.read_into(512, view(4 << 20))
+        await disk.close()
+
+    asyncio.run(main())
+
+
 def test_what_is_not_cached_is_read_by_a_thread(tmp_path):
     async def main():
         path = image(tmp_path)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 BLKGETSIZE64 = 0x80081272  # linux/fs.h: _IOR(0x12, 114, size_t) on 64-bit
 IOV_MAX = 1024  # limits.h
 THREADS = 4
+INLINE_READ_MAX = 2 << 20  # bytes; copying more from the page cache would hold the loop up for too long
 INLINE_WRITE_MAX = 64 << 10  # bytes; a copy into the page cache of that size costs less than a hop
 SLOW_WRITE = 0.002  # seconds: an inline write that took longer was made to wait for the disk
 SLOW_PAUSE = 1.0  # seconds for which writes then go to threads
@@ -76,7 +77,8 @@ class FileStorage:
         return self.try_readv(offset, (buffer,))
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
-        if not self.try_readv(offset, buffers):
+        if total(buffers) > INLINE_READ_MAX or not self.try_readv(offset, buffers):
+            self._check("read", offset, total(buffers), changes=False)
             await self._workers.run(lambda: self._whole("read", os.preadv, offset, buffers))
 
     async def read_into(self, offset: int, buffer: memoryview, /) -> None:
