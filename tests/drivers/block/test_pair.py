@@ -298,7 +298,7 @@ def test_memory_storage_and_4096_byte_units():
 def test_the_file_like_view(tmp_path):
     path = image(tmp_path, MIB)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(st.lists(st.tuples(st.booleans(), st.integers(0, MIB), st.integers(0, 9000)), max_size=12))
     def check(steps):
         path.write_bytes(pattern(MIB))

@@ -113,11 +113,14 @@ class Xbd(XenbusDriver):
 
     async def detach(self) -> None:
         dev = self.dev
-        if self._operations is not None:
-            await self._operations.close()
-        if not dev.gone and dev.state is not XenbusState.CLOSED:
-            await self._close(LinkDown(f"{dev.nameunit} is being detached"), DRAIN_TIMEOUT)
-        await self._tear_down(LinkDown(f"{dev.nameunit} is gone"))
+        try:
+            if self._operations is not None:
+                await self._operations.close()
+            if not dev.gone and dev.state is not XenbusState.CLOSED:
+                await self._close(LinkDown(f"{dev.nameunit} is being detached"), DRAIN_TIMEOUT)
+        finally:
+            # Also when the deadline of a detach ended it: no caller is left waiting for a disk that is gone.
+            await self._tear_down(LinkDown(f"{dev.nameunit} is gone"))
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         queue = self.queue

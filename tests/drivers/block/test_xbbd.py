@@ -1,0 +1,460 @@
+"""xbbd against fronts that lie: each bad input gets an answer that names it, and loses nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.until import until
+from tests.support.vbd import RawFront, rig
+
+from xenbus.bus import XenbusState
+from xenbus.drivers.block import blkif
+from xenbus.drivers.block.blkif import Op
+
+MIB = 1 << 20
+OKAY, ERROR, UNSUPPORTED = blkif.BLKIF_RSP_OKAY, blkif.BLKIF_RSP_ERROR, blkif.BLKIF_RSP_EOPNOTSUPP
+
+
+def content(length: int = MIB) -> bytes:
+    return random.Random(5).randbytes(length)
+
+
+def lying(**attributes):
+    return type("RawFront", (RawFront,), attributes)
+
+
+def with_raw_front(path, check, *, front=RawFront, **keys):
+    """Runs `check(rig, front)` with both Connected; afterwards nothing may be held."""
+    path.write_bytes(content())
+
+    async def run():
+        async with rig(front=front) as r:
+            await r.plug(str(path), **keys)
+            await until(lambda: r.guest.front.devices and r.dom0.back.devices)
+            front_dev, back_dev = r.front_dev, r.back_dev
+            await until(lambda: front_dev.state is back_dev.state is XenbusState.CONNECTED)
+            await check(r, r.front)
+            await r.gone()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "disk.img"
+
+
+@pytest.mark.parametrize("abi", [blkif.X86_64, blkif.X86_32], ids=lambda abi: abi.name)
+def test_single_sectors_and_scattered_segments(path, abi):
+    async def check(r, front):
+        data = content()
+        front.put(Op.READ, 77, 3, front.word(0, 2, 2))
+        # Pages in any order, parts of pages, one page twice.
+        front.put(
+            Op.READ,
+            2**63 + 5,
+            100,
+            front.word(5, 0, 3),
+            front.word(2),
+            front.word(5, 4, 7),
+            front.word(9, 6, 7),
+        )
+        front.push()
+        assert sorted(await front.answered(2)) == [(77, Op.READ, OKAY), (2**63 + 5, Op.READ, OKAY)]
+        view = front.data.view
+        assert view[1024:1536] == data[3 * 512 : 4 * 512]
+        assert view[5 * 4096 : 5 * 4096 + 2048] == data[51200 : 51200 + 2048]
+        assert view[2 * 4096 : 3 * 4096] == data[53248 : 53248 + 4096]
+        assert view[5 * 4096 + 2048 : 6 * 4096] == data[57344 : 57344 + 2048]
+        assert view[9 * 4096 + 3072 : 10 * 4096] == data[59392 : 59392 + 1024]
+        view[:4096] = b"W" * 4096
+        front.put(Op.WRITE, 1, 8, front.word(0, 1, 6))
+        front.push()
+        assert (await front.answered(3))[2] == (1, Op.WRITE, OKAY)
+        assert path.read_bytes()[4096 : 4096 + 3072] == b"W" * 3072
+        assert path.read_bytes()[4096 + 3072 :] == data[4096 + 3072 :]
+
+    with_raw_front(path, check, front=lying(abi=abi))
+
+
+BAD = {
+    "no segment": (lambda f: f.put(Op.READ, 9, 0), "0 segments"),
+    "too many segments": (lambda f: f.put(Op.READ, 9, 0, f.word(0), count=12), "12 segments"),
+    "255 segments": (lambda f: f.put(Op.WRITE, 9, 0, f.word(0), count=255), "255 segments"),
+    "first after last": (lambda f: f.put(Op.READ, 9, 0, f.word(0, 5, 4)), "sectors 5 to 4"),
+    "last beyond the page": (lambda f: f.put(Op.READ, 9, 0, f.word(0, 0, 8)), "sectors 0 to 8"),
+    "beyond the disk": (lambda f: f.put(Op.READ, 9, 2047, f.word(0, 0, 1)), "2 sectors at 2047"),
+    "far beyond the disk": (lambda f: f.put(Op.WRITE, 9, 2**64 - 1, f.word(0)), f"8 sectors at {2**64 - 1}"),
+    "never granted": (lambda f: f.put(Op.READ, 9, 0, blkif.segment_word(54321)), "54321"),
+    "never granted write": (lambda f: f.put(Op.WRITE, 9, 0, blkif.segment_word(54321)), "54321"),
+    "barrier never granted": (lambda f: f.put(Op.WRITE_BARRIER, 9, 0, blkif.segment_word(54321)), "54321"),
+    "discard beyond": (
+        lambda f: f.put_raw(f.abi.discard.pack(Op.DISCARD, 0, 0, 9, 2000, 49)),
+        "discard of 49",
+    ),
+    "discard wraps": (
+        lambda f: f.put_raw(f.abi.discard.pack(Op.DISCARD, 0, 0, 9, 2**63, 2**63)),
+        "discard of",
+    ),
+    "discard of nothing": (
+        lambda f: f.put_raw(f.abi.discard.pack(Op.DISCARD, 0, 0, 9, 0, 0)),
+        "discard of 0",
+    ),
+    "indirect flush": (lambda f: indirect(f, Op.FLUSH_DISKCACHE, 1), "operation 3 in an indirect"),
+    "indirect barrier": (lambda f: indirect(f, Op.WRITE_BARRIER, 1), "operation 2 in an indirect"),
+    "no indirect segment": (lambda f: indirect(f, Op.READ, 0), "0 indirect"),
+    "too many indirect": (lambda f: indirect(f, Op.READ, 257), "257 indirect"),
+    "65535 indirect": (lambda f: indirect(f, Op.READ, 65535), "65535 indirect"),
+    "descriptors never granted": (lambda f: indirect(f, Op.READ, 1, refs=(4444,)), "4444"),
+    "descriptors with nonsense": (lambda f: indirect(f, Op.WRITE, 3, fill=b"\xff"), "sectors 255 to 255"),
+}
+
+
+def indirect(front, op, count, refs=None, fill=None):
+    refs = tuple(refs or (front.data.refs[15],))
+    if fill:
+        front.data.view[15 * 4096 : 16 * 4096] = fill * 4096
+    front.put_raw(front.abi.indirect.pack(Op.INDIRECT, op, count, 9, 0, 0, *refs, *(0,) * (8 - len(refs))))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_request_is_answered_and_the_others_go_on(path, what):
+    put, words = BAD[what]
+
+    async def check(r, front):
+        front.put(Op.READ, 1, 0, front.word(1))
+        put(front)
+        front.put(Op.READ, 2, 8, front.word(2))
+        front.push()
+        answers = {ident: status for ident, _, status in await front.answered(3)}
+        assert answers == {1: OKAY, 9: ERROR, 2: OKAY}
+        assert front.data.view[4096:12288] == content()[:8192]
+        assert path.read_bytes() == content()
+        back = r.back.sysctl()
+        assert back["errors"]() == 1
+        assert words in back["last_error"]()
+        assert r.back_dev.state is XenbusState.CONNECTED
+
+    with_raw_front(path, check)
+
+
+def test_unknown_operations(path):
+    async def check(r, front):
+        for n, op in enumerate((4, 7, 99, 255)):
+            front.put(op, n, 0, front.word(0))
+        front.push()
+        assert sorted(await front.answered(4)) == [
+            (n, op, UNSUPPORTED) for n, op in enumerate((4, 7, 99, 255))
+        ]
+
+    with_raw_front(path, check)
+
+
+def test_writes_to_a_read_only_disk(path):
+    async def check(r, front):
+        front.put(Op.WRITE, 1, 0, front.word(0))
+        front.put(Op.WRITE_BARRIER, 2, 0, front.word(0))
+        front.put_raw(front.abi.discard.pack(Op.DISCARD, 0, 0, 3, 0, 8))
+        front.put(Op.FLUSH_DISKCACHE, 4, 0)
+        front.put(Op.READ, 5, 0, front.word(1))
+        front.push()
+        answers = {ident: status for ident, _, status in await front.answered(5)}
+        assert answers == {1: ERROR, 2: ERROR, 3: UNSUPPORTED, 4: OKAY, 5: OKAY}
+        assert path.read_bytes() == content()
+
+    with_raw_front(path, check, mode="r")
+
+
+def test_4096_byte_sectors_are_kept_whole(path):
+    async def check(r, front):
+        front.put(Op.READ, 1, 4, front.word(0))  # starts in the middle of one
+        front.put(Op.READ, 2, 8, front.word(0, 0, 3))  # half of one
+        front.put(Op.READ, 3, 8, front.word(1))
+        front.push()
+        assert {i: s for i, _, s in await front.answered(3)} == {1: ERROR, 2: ERROR, 3: OKAY}
+        assert front.data.view[4096:8192] == content()[4096:8192]
+
+    with_raw_front(path, check, sector_size_wanted="4096")
+
+
+def test_indirect_by_hand(path):
+    """One page of descriptors, segments out of order and in parts."""
+
+    async def check(r, front):
+        words = [front.word(n) for n in (3, 1, 2)] + [front.word(7, 4, 5)]
+        front.data.view[15 * 4096 : 15 * 4096 + 32] = struct.pack("<4Q", *(w | 0xABCD << 48 for w in words))
+        indirect(front, Op.READ, 4)
+        front.push()
+        assert await front.answered(1) == [(9, Op.READ, OKAY)]
+        view, data = front.data.view, content()
+        assert view[3 * 4096 : 4 * 4096] == data[:4096]
+        assert view[4096 : 3 * 4096] == data[4096 : 3 * 4096]
+        assert view[7 * 4096 + 2048 : 7 * 4096 + 3072] == data[12288 : 12288 + 1024]
+
+    with_raw_front(path, check)
+
+
+def test_an_empty_barrier_is_a_flush(path):
+    async def check(r, front):
+        front.put(Op.WRITE_BARRIER, 1, 0)
+        front.put(Op.FLUSH_DISKCACHE, 2, 0)
+        front.push()
+        assert sorted(await front.answered(2)) == [(1, Op.WRITE_BARRIER, OKAY), (2, Op.FLUSH_DISKCACHE, OKAY)]
+
+    with_raw_front(path, check)
+
+
+def test_a_disk_that_shrank_under_us(path):
+    async def check(r, front):
+        with path.open("r+b") as file:
+            file.truncate(4096)
+        front.put(Op.READ, 1, 0, front.word(0))
+        front.put(Op.READ, 2, 1024, front.word(1))
+        front.push()
+        assert {i: s for i, _, s in await front.answered(2)} == {1: OKAY, 2: ERROR}
+        assert "disk.img" in r.back.sysctl()["last_error"]()
+
+    with_raw_front(path, check)
+
+
+def test_pages_granted_read_only_can_be_written_from(path):
+    """A front without persistent grants grants what it wants written for reading only."""
+
+    async def check(r, front):
+        given = await front.dev.grant_ring(2, writable=False)
+        given.view[:] = b"R" * 8192
+        for ident, op, sector, ref in ((1, Op.WRITE, 0, 0), (2, Op.WRITE, 8, 1), (3, Op.READ, 16, 0)):
+            front.put(op, ident, sector, blkif.segment_word(given.refs[ref]))
+        front.put(Op.READ, 4, 0, front.word(0))
+        front.push()
+        assert {i: s for i, _, s in await front.answered(4)} == {1: OKAY, 2: OKAY, 3: ERROR, 4: OKAY}
+        assert path.read_bytes()[:8192] == b"R" * 8192
+
+    with_raw_front(path, check)
+
+
+@pytest.mark.parametrize("jump", [33, 2**31, 2**32 - 1])
+def test_ring_indices_that_jump_end_this_device_alone(path, jump):
+    path.write_bytes(content())
+
+    async def run():
+        async with rig(front=RawFront) as r:
+            await r.plug(str(path))
+            r.vdev += 16
+            await r.plug("memory:1M")
+            await until(lambda: len(r.guest.front.devices) == len(r.dom0.back.devices) == 2)
+            other, good_back = r.front_dev, r.back_dev
+            r.vdev -= 16
+            front_dev, back_dev = r.front_dev, r.back_dev
+            await until(
+                lambda: all(d.state is XenbusState.CONNECTED for d in (other, good_back, front_dev, back_dev))
+            )
+            front = r.front
+            front.ring.words[0] = jump
+            front.channel.notify()
+            await until(lambda: back_dev.state is XenbusState.CLOSED)
+            assert "req_prod jumped" in await r.error_of(r.bnode)
+            assert not any(back_dev.counts().values())
+            other.driver.put(Op.READ, 3, 0, other.driver.word(0))
+            other.driver.push()
+            assert await other.driver.answered(1) == [(3, Op.READ, OKAY)]
+            assert good_back.state is XenbusState.CONNECTED
+
+    asyncio.run(run())
+
+
+LIES = {
+    "a ring-ref never granted": ({"ring-ref": 4711}, "4711"),
+    "a ring-ref that is none": ({"ring-ref": "4x"}, "ring-ref"),
+    "a ring-ref of 40 bits": ({"ring-ref": 2**40}, "no grant reference"),
+    "no ring-ref": ({"ring-ref": None}, "ring-ref is missing"),
+    "no event channel": ({"event-channel": None}, "event-channel"),
+    "a port that is not ours": ({"event-channel": 9999}, "9999"),
+    "an ABI nobody knows": ({"protocol": "ia64-abi"}, "ia64-abi"),
+    "a ring too large": ({"ring-page-order": 5}, "at most 4"),
+    "an order that is none": ({"ring-page-order": "-1"}, "ring-page-order"),
+    "too few ring-refs": ({"ring-page-order": 1}, "ring-ref0"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_transport_parameters_that_lie(path, lie):
+    lies, words = LIES[lie]
+    path.write_bytes(content())
+
+    async def run():
+        async with rig(front=lying(lies=lies)) as r:
+            await r.plug(str(path))
+            await until(lambda: r.dom0.back.devices)
+            back_dev = r.back_dev
+            await until(lambda: back_dev.state is XenbusState.CLOSED)
+            assert words in await r.error_of(r.bnode)
+            assert not any(back_dev.counts().values())
+            await r.gone()
+
+    asyncio.run(run())
+
+
+def test_a_ring_that_is_nonsense_from_the_start(path):
+    path.write_bytes(content())
+
+    class Wild(RawFront):
+        async def initialise(self):
+            real = self.dev.set_state
+
+            async def set_state(state, values=None):
+                self.ring.words[0] = 1000
+                await real(state, values)
+
+            self.dev = _Wrapped(self.dev, set_state=set_state)
+            await super().initialise()
+
+    async def run():
+        async with rig(front=Wild) as r:
+            await r.plug(str(path))
+            await until(lambda: r.dom0.back.devices)
+            back_dev = r.back_dev
+            await until(lambda: back_dev.state in (XenbusState.CLOSING, XenbusState.CLOSED))
+            assert "req_prod jumped" in await r.error_of(r.bnode)
+            await until(lambda: not any(back_dev.counts().values()))
+
+    asyncio.run(run())
+
+
+class _Wrapped:
+    def __init__(self, thing, **methods):
+        self._thing = thing
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name):
+        return getattr(self._thing, name)
+
+
+TARGETS = {
+    "missing": ({"params": "/nowhere/disk.img"}, "/nowhere/disk.img"),
+    "none named": ({"params": ""}, "params"),
+    "a scheme nobody knows": ({"params": "ftp://x/y"}, "ftp"),
+    "a mode nobody knows": ({"params": "memory:1M", "mode": "x"}, "mode"),
+    "a size that is none": ({"params": "memory:lots"}, "lots"),
+    "sectors longer than a page": ({"params": "memory:1M?sector-size=65536"}, "65536"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_that_cannot_be_opened(target):
+    keys, words = TARGETS[target]
+
+    async def run():
+        async with rig() as r:
+            await r.plug(**keys)
+            async with asyncio.timeout(5):
+                while words not in await r.error_of(r.bnode) or await r.world.state(r.bnode) != 6:  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+            await r.gone()
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_front_that_never_closes_is_forced(path):
+    """A guest that does not answer: an orderly detach ends all the same, and gives everything back."""
+
+    async def check(r, front):
+        back_dev = r.back_dev
+        front.closes = False
+        back_dev.request_detach()
+        await until(lambda: not r.dom0.back.devices, 8)
+        assert not any(back_dev.counts().values())
+
+    with_raw_front(path, check)
+
+
+def test_a_guest_that_dies(path):
+    async def check(r, front):
+        back_dev = r.back_dev
+        front.put(Op.READ, 1, 0, front.word(0))
+        front.push()
+        r.world.machine.kill(1)
+        await r.world.tool.rm("/local/domain/1")
+        await until(lambda: back_dev.state is XenbusState.CLOSED)
+        assert not any(back_dev.counts().values())
+        assert back_dev.hv.held().mapped_pages == back_dev.hv.held().ports == 0
+        await r.guest.store.close()
+
+    path.write_bytes(content())
+
+    async def run():
+        async with rig(front=RawFront) as r:
+            await r.plug(str(path))
+            await until(lambda: r.guest.front.devices and r.dom0.back.devices)
+            front_dev, back_dev = r.front_dev, r.back_dev
+            await until(lambda: front_dev.state is back_dev.state is XenbusState.CONNECTED)
+            await check(r, r.front)
+
+    asyncio.run(run())
+
+
+def test_a_front_that_begins_anew_without_closing(path):
+    """A guest that was reset: Initialising again, a new ring; the old one is given back."""
+
+    async def check(r, front):
+        dev, back_dev = r.front_dev, r.back_dev
+        front.put(Op.READ, 1, 0, front.word(0))
+        front.push()
+        await front.answered(1)
+        front.ring.release()
+        await dev.revoke(front.pages)
+        await dev.revoke(front.data)
+        await dev.close_evtchn(front.channel)
+        await dev.set_state(XenbusState.INITIALISING)
+        await front.initialise()
+        await until(lambda: dev.state is back_dev.state is XenbusState.CONNECTED)
+        assert back_dev.counts()["mapped_pages"] == 1
+        front.put(Op.READ, 2, 0, front.word(0))
+        front.push()
+        assert (await front.answered(2))[1] == (2, Op.READ, OKAY)
+
+    with_raw_front(path, check)
+
+
+def test_work_in_one_wake_up_is_bounded(path):
+    """More requests than that leave the loop a turn in between, and are all answered."""
+
+    async def check(r, front):
+        turns = []
+        r.back._queue._again, real = lambda: (turns.append(1), real()), r.back._queue._again
+        for round_ in range(4):
+            for n in range(128):
+                front.put(Op.READ, n, n * 8 % 2000, front.word(n % 16))
+            front.push()
+            await front.answered(128 * (round_ + 1))
+        assert len(turns) >= 4
+        assert all(status == OKAY for _, _, status in front.answers)
+
+    with_raw_front(path, check, front=lying(order=2))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.binary(min_size=112, max_size=112), min_size=1, max_size=20), st.data())
+def test_random_bytes_on_the_ring(tmp_path_factory, slots, data):
+    """Whatever a slot holds: one answer each, with its id, and the disk keeps what no valid write touched."""
+    path = tmp_path_factory.mktemp("disk") / "disk.img"
+    ops = data.draw(st.lists(st.sampled_from([0, 1, 3, 5, 6]), min_size=len(slots), max_size=len(slots)))
+
+    async def check(r, front):
+        wanted = []
+        for slot, op in zip(slots, ops, strict=True):
+            raw = bytes([op, slot[1] % 14]) + slot[2:]
+            front.put_raw(raw)
+            wanted.append(struct.unpack_from("<Q", raw, 8)[0])
+        front.push()
+        answers = await front.answered(len(slots))
+        assert sorted(ident for ident, _, _ in answers) == sorted(wanted)
+        assert r.back_dev.state is XenbusState.CONNECTED
+
+    with_raw_front(path, check)
