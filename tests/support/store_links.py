@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.memory import memory_pair
+from xenbus.xenstore.transport.recording import RecordingTransport
 from xenbus.xenstore.transport.ringpage import Feature, RingPipe, RingTransport, Side
 from xenbus.xenstore.transport.unix import UnixPipe, UnixTransport
 
@@ -56,6 +58,9 @@ class Store:
         if kind == "unix":
             a, b = socket.socketpair()
             return UnixTransport(a), self.serve(UnixTransport(b), domid)
+        if kind == "recorded":
+            near, session = self.transport("memory", domid)
+            return RecordingTransport(near, os.devnull), session
         near, far = memory_pair() if kind == "memory" else ring_pair()
         return near, self.serve(far, domid)
 

@@ -427,6 +427,44 @@ async def test_events_end_with_the_link(client: Client, served: Session, store: 
             await waiting
 
 
+# ---- long lists ----
+
+
+@with_script
+async def test_a_long_list_that_changes_is_fetched_again(client: Client, script: Script) -> None:
+    task = asyncio.create_task(client.directory("/d"))
+    message = await script.inbox.get()
+    assert message.op == Op.DIRECTORY
+    script.transport.send([encode(Op.ERROR, message.req_id, 0, b"E2BIG\0")])
+    parts = [
+        (b"/d\x000\0", b"7\0old\0"),
+        (b"/d\x004\0", b"8\0new\0\0"),  # another generation: what we have is void
+        (b"/d\x000\0", b"8\0a\0"),
+        (b"/d\x002\0", b"8\0b\0\0"),
+    ]
+    for asked, answer in parts:
+        message = await script.inbox.get()
+        assert (message.op, message.payload) == (Op.DIRECTORY_PART, asked)
+        script.answer(message, answer)
+    assert await task == ["a", "b"]
+
+
+@with_script
+async def test_a_list_that_never_stops_changing_is_given_up(client: Client, script: Script) -> None:
+    client.timeout = 0.05
+    task = asyncio.create_task(client.directory("/d"))
+    message = await script.inbox.get()
+    script.transport.send([encode(Op.ERROR, message.req_id, 0, b"E2BIG\0")])
+    generation = 0
+    while not task.done():
+        with contextlib.suppress(TimeoutError):
+            message = await asyncio.wait_for(script.inbox.get(), 0.1)
+            generation += 1
+            script.answer(message, b"%d\0a\0" % generation)
+    with pytest.raises(DeadlineError, match="unchanging list of /d"):
+        await task
+
+
 # ---- transactions ----
 
 

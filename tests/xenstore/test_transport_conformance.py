@@ -13,7 +13,7 @@ from xenbus.errors import Conflict, DeadlineError, NoEntry, PeerError, StoreErro
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.wire.perms import Access, Perm
 
-LINKS = ["unix", "memory", "ring", "unix blocking", "ring blocking"]
+LINKS = ["unix", "memory", "ring", "recorded", "unix blocking", "ring blocking"]
 
 
 def on_every_link(suite: Callable[[Any, Client, Store], Awaitable[None]]) -> Callable[[str], None]:
