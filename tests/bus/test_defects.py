@@ -7,7 +7,7 @@ import gc
 
 import pytest
 from tests.support import split
-from tests.support.split import QUICK, Recorder, S, ToyBack, ToyFront, settle, use, world
+from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, ToyFront, one, settle, use, world
 from tests.support.tap import Tap
 from tests.support.until import until
 
@@ -15,19 +15,6 @@ from xenbus.bus import Settings, XenbusDevice, parse_state
 from xenbus.errors import Conflict, NoEntry, PeerError, StoreError
 from xenbus.newbus import Newbus, NoMatch
 from xenbus.xenstore.wire.message import Op
-
-NODE = "device/toy/0"
-
-
-async def one(w, driver=Recorder, wrap=None, settings=QUICK, **plug):
-    """Guest 1 with one front end whose peer is written by the test."""
-    use(w, driver, None)
-    guest = await w.guest(1, settings, *([wrap.around] if wrap else []))
-    await guest.attach()
-    await w.plug(**plug)
-    await until(lambda: NODE in guest.front.devices and guest.front.devices[NODE].device.attached)
-    await settle(guest)
-    return guest, guest.front.devices[NODE]
 
 
 def test_B1_a_state_event_alone_names_the_device():
@@ -534,7 +521,7 @@ def test_B16_a_driver_hears_of_its_failing_state_write():
     async def run():
         async with world() as w:
             tap = Tap()
-            _guest, dev = await one(w, Careful, tap)
+            _guest, dev = await one(w, Careful, wrap=tap)
             tap.fail(Op.WRITE, "state\0" + "3", "ENOSPC")
             await w.tool.write(f"{w.back_node('toy', 0)}/state", "2")
             await until(lambda: ("raised", "ENOSPC") in dev.driver.heard)

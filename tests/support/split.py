@@ -244,6 +244,22 @@ def use(world: World, front: Any, back: Any, kind: str = "toy") -> None:
         world.registry.add(Side.BACK, kind, back)
 
 
+NODE = "device/toy/0"
+
+
+async def one(w: World, driver: Any = Recorder, settings: Settings = QUICK, wrap: Any = None) -> Any:
+    """Guest 1 with one attached front end at NODE; the test is its back end. (guest, device)"""
+    use(w, driver, None)
+    guest = await w.guest(1, settings, *([wrap.around] if wrap else []))
+    await guest.attach()
+    await w.plug()
+    async with asyncio.timeout(5):
+        while NODE not in guest.front.devices or not guest.front.devices[NODE].device.attached:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await settle(guest)
+    return guest, guest.front.devices[NODE]
+
+
 async def settle(*guests: Guest) -> None:
     """Every bus has looked at everything and every device's mailbox is empty."""
     async with asyncio.timeout(5):
