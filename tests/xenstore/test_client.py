@@ -229,6 +229,7 @@ async def test_concurrent_requests_share_a_write_and_a_timer(client: Client, scr
     assert await asyncio.gather(*reads) == [b"/%d\0" % n for n in range(64)]
 
 
+@pytest.mark.slow
 @with_store
 async def test_a_watch_costs_little(client: Client, served: Session, store: Store) -> None:
     def callback(path: str) -> None:

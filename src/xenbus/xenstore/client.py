@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from math import inf
 from time import monotonic
@@ -57,31 +57,31 @@ class Transaction:
         self.id = tx_id
         self.ended = False
 
-    def read(self, path: str) -> Awaitable[bytes]:
+    def read(self, path: str) -> Coroutine[Any, Any, bytes]:
         return self._client.read(path, self)
 
-    def read_str(self, path: str) -> Awaitable[str]:
+    def read_str(self, path: str) -> Coroutine[Any, Any, str]:
         return self._client.read_str(path, self)
 
-    def write(self, path: str, value: bytes | str) -> Awaitable[None]:
+    def write(self, path: str, value: bytes | str) -> Coroutine[Any, Any, None]:
         return self._client.write(path, value, self)
 
-    def mkdir(self, path: str) -> Awaitable[None]:
+    def mkdir(self, path: str) -> Coroutine[Any, Any, None]:
         return self._client.mkdir(path, self)
 
-    def rm(self, path: str) -> Awaitable[None]:
+    def rm(self, path: str) -> Coroutine[Any, Any, None]:
         return self._client.rm(path, self)
 
-    def directory(self, path: str) -> Awaitable[list[str]]:
+    def directory(self, path: str) -> Coroutine[Any, Any, list[str]]:
         return self._client.directory(path, self)
 
-    def exists(self, path: str) -> Awaitable[bool]:
+    def exists(self, path: str) -> Coroutine[Any, Any, bool]:
         return self._client.exists(path, self)
 
-    def get_perms(self, path: str) -> Awaitable[list[Perm]]:
+    def get_perms(self, path: str) -> Coroutine[Any, Any, list[Perm]]:
         return self._client.get_perms(path, self)
 
-    def set_perms(self, path: str, perms: Iterable[Perm | str]) -> Awaitable[None]:
+    def set_perms(self, path: str, perms: Iterable[Perm | str]) -> Coroutine[Any, Any, None]:
         return self._client.set_perms(path, perms, self)
 
     def gather(
@@ -89,7 +89,7 @@ class Transaction:
         directory: str,
         wanted: Mapping[str, Callable[[bytes], Any]],
         defaults: Mapping[str, Any] | None = None,
-    ) -> Awaitable[dict[str, Any]]:
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
         return self._client.gather(directory, wanted, defaults, self)
 
 
@@ -437,7 +437,8 @@ class Client:
         """Runs `function(tx)` and commits; again, by `policy`, while the commit meets a Conflict.
 
         So `function` may run several times. Conflict when the policy gives up. What `function` raises aborts
-        the transaction and is raised; a transaction that never started is not aborted.
+        the transaction and is raised (a Conflict: run again); one that never started is not aborted. Cancelled
+        or timed out while it commits, it may be committed or not: the store knows.
         """
         start = self._loop.time()
         ended = 0
