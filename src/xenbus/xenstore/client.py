@@ -437,8 +437,8 @@ class Client:
         """Runs `function(tx)` and commits; again, by `policy`, while the commit meets a Conflict.
 
         So `function` may run several times. Conflict when the policy gives up. What `function` raises aborts
-        the transaction and is raised (a Conflict: run again); one that never started is not aborted. Cancelled
-        or timed out while it commits, it may be committed or not: the store knows.
+        the transaction and is raised (a Conflict: run again); one that never started is not aborted.
+        Cancelled or timed out while it commits, it may be committed or not: the store knows.
         """
         start = self._loop.time()
         ended = 0
