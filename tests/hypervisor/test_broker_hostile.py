@@ -146,7 +146,7 @@ def test_garbage_of_any_kind_harms_nobody_else():
 def test_descriptors_nobody_asked_for():
     async def main():
         async with broker_with([1, 2, 3]) as (broker, _, one, two, three):
-            fds = [os.dup(0) for _ in range(5)]
+            fds = [arena(1, SIZE_SEALS) for _ in range(5)]
             try:
                 one.send(wire.encode(Op.HELLO, 1, wire.HELLO.pack(wire.MAGIC, wire.VERSION)), fds[:1])
                 two.send(wire.encode(Op.ARENA, 1, wire.ARENA.pack(0, 1, 1)), fds)

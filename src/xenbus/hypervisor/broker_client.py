@@ -11,6 +11,7 @@ import errno
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from xenbus.errors import HypervisorError, UsageError
 from xenbus.hypervisor import broker_wire as wire
@@ -19,7 +20,9 @@ from xenbus.hypervisor.broker_links import BrokerChannel, LinkEnd
 from xenbus.hypervisor.broker_wire import Message, Op, ProtocolError
 from xenbus.hypervisor.interface import (
     PAGE_SIZE,
+    Channel,
     CopyOp,
+    DomainEvents,
     GNTST_bad_copy_arg,
     GNTST_bad_domain,
     GNTST_bad_gntref,
@@ -27,7 +30,9 @@ from xenbus.hypervisor.interface import (
     GNTST_okay,
     GNTST_permission_denied,
     GrantedPages,
+    GuestLife,
     Held,
+    Hypervisor,
     Mapping,
     StartInfo,
     SuspendResult,
@@ -231,7 +236,7 @@ class BrokerHypervisor:
         if not refs:
             raise UsageError("mapping no page")
         what = f"mapping {len(refs)} pages of domain {domid} for domain {self._domid}"
-        entries = [wire.MAP_ENTRY.pack(domid, writable, ref, count) for ref, count in _runs(refs)]
+        entries = [wire.MAP_ENTRY.pack(domid, writable, ref, count) for ref, count in wire.runs_of(refs)]
         if len(entries) > wire.MAP_ENTRIES_MAX:
             raise HypervisorError("E2BIG", what)
 
@@ -333,7 +338,9 @@ class BrokerHypervisor:
         for number in numbers[:]:
             op = ops[number]
             try:
-                entries.append(wire.MAP_ENTRY.pack(check_domid(op.domid), op.to_remote, _ref(op.ref), 1))
+                entries.append(
+                    wire.MAP_ENTRY.pack(check_domid(op.domid), op.to_remote, wire.check_ref(op.ref), 1)
+                )
             except UsageError:
                 status[number] = GNTST_bad_domain
                 numbers.remove(number)
@@ -534,23 +541,6 @@ def _nothing() -> None:
     pass
 
 
-def _ref(ref: int) -> int:
-    if not 0 <= ref < 1 << 32:
-        raise HypervisorError("ENOENT", f"grant {ref}")
-    return ref
-
-
-def _runs(refs: Sequence[int]) -> list[tuple[int, int]]:
-    """Refs as (first, count) of consecutive ones."""
-    runs: list[tuple[int, int]] = []
-    for ref in refs:
-        if runs and runs[-1][0] + runs[-1][1] == ref and runs[-1][1] < wire.ARENA_PAGES_MAX:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((_ref(ref), 1))
-    return runs
-
-
 def _try_region(fd: int, length: int, writable: bool) -> Region | None:
     try:
         check_sealed(fd, length, writable=writable)
@@ -586,3 +576,12 @@ async def connect(sock: socket.socket | int, *, deadline: float = DEADLINE_SECON
         await hypervisor.close()
         raise
     return hypervisor
+
+
+if TYPE_CHECKING:
+    _HANDLES: tuple[type[Hypervisor], type[GuestLife], type[DomainEvents]] = (BrokerHypervisor,) * 3
+    _THINGS: tuple[type[Channel], type[Mapping], type[GrantedPages]] = (
+        BrokerChannel,
+        BrokerMapping,
+        BrokerPages,
+    )

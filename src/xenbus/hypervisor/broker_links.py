@@ -135,6 +135,7 @@ class BrokerChannel:
         "_loop",
         "_masked",
         "_outbox",
+        "_owed",
         "_pending",
         "port",
         "remote_domid",
@@ -159,6 +160,7 @@ class BrokerChannel:
         self._masked = False
         self._pending = False
         self._closed = False
+        self._owed = False
 
     def notify(self) -> None:
         if self._doorbell >= 0:
@@ -167,6 +169,10 @@ class BrokerChannel:
                 os.eventfd_write(self._doorbell, 1)
             except BlockingIOError:
                 pass  # the counter is full: the other end is woken as it is
+        else:
+            # The other end may have bound, and told us so by another way (the store), before the broker's
+            # word of it is read here. Xen would deliver this one; so does bind().
+            self._owed = True
 
     def deliver(self) -> None:
         """The handler runs now, or at unmask. What it raises goes to the loop's exception handler."""
@@ -208,6 +214,9 @@ class BrokerChannel:
         self._link, self._index = link, index
         self._outbox, self._doorbell = link.outbox, link.doorbell
         link.add(self, index)
+        if self._owed:
+            self._owed = False
+            self.notify()
 
     def unbind(self) -> None:
         if self._link is not None:

@@ -125,6 +125,24 @@ def refused(status: int, what: str) -> HypervisorError:
     return HypervisorError(errno.errorcode.get(status, str(status)), what)
 
 
+def check_ref(ref: int) -> int:
+    """`ref` if a layout can hold it; HypervisorError ENOENT otherwise, for there is no such grant."""
+    if not 0 <= ref < 1 << 32:
+        raise HypervisorError("ENOENT", f"grant {ref}")
+    return ref
+
+
+def runs_of(refs: Sequence[int]) -> list[tuple[int, int]]:
+    """Refs as (first, count) of consecutive ones, the shape of MAP_ENTRY."""
+    runs: list[tuple[int, int]] = []
+    for ref in refs:
+        if runs and runs[-1][0] + runs[-1][1] == ref and runs[-1][1] < ARENA_PAGES_MAX:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((check_ref(ref), 1))
+    return runs
+
+
 class Receiver:
     """Takes packets off a non-blocking socket into one buffer of its own."""
 

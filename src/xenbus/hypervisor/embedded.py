@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from xenbus.errors import HypervisorError, LinkDown, UsageError
 from xenbus.hypervisor.interface import (
@@ -17,13 +18,16 @@ from xenbus.hypervisor.interface import (
     PAGE_SIZE,
     Channel,
     CopyOp,
+    DomainEvents,
     GNTST_bad_copy_arg,
     GNTST_bad_domain,
     GNTST_bad_gntref,
     GNTST_okay,
     GNTST_permission_denied,
     GrantedPages,
+    GuestLife,
     Held,
+    Hypervisor,
     Mapping,
     StartInfo,
     SuspendResult,
@@ -551,6 +555,10 @@ class Machine:
             page.chunk.region.close()
 
 
-def as_channel(channel: EmbeddedChannel) -> Channel:
-    """For the type checker: an EmbeddedChannel is a Channel."""
-    return channel
+if TYPE_CHECKING:
+    _HANDLES: tuple[type[Hypervisor], type[GuestLife], type[DomainEvents]] = (EmbeddedHypervisor,) * 3
+    _THINGS: tuple[type[Channel], type[Mapping], type[GrantedPages]] = (
+        EmbeddedChannel,
+        EmbeddedMapping,
+        EmbeddedPages,
+    )
