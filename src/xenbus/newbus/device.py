@@ -172,7 +172,7 @@ class Newbus:
 
     def name(self, device: Device, name: str, unit: int | None = None, desc: str = "") -> None:
         """Gives it a class and a unit; ALIVE. A class or unit that it had is given up."""
-        self._unname(device)
+        self.unname(device)
         devclass = self.classes.get(name)
         if devclass is None:
             devclass = self.classes[name] = DeviceClass(name)
@@ -181,12 +181,15 @@ class Newbus:
         device.desc = desc
         device.state = DeviceState.ALIVE
 
-    def _unname(self, device: Device) -> None:
+    def unname(self, device: Device) -> None:
+        """Takes away driver, class and unit: NOTPRESENT, as it was added."""
         if device.devclass is not None:
             device.devclass.give_back(device.unit)
             device.devclass = None
             device.unit = -1
             device.desc = ""
+        device.state = DeviceState.NOTPRESENT
+        device.softc = None
 
     def delete(self, device: Device) -> None:
         """Takes it and all below it out of the tree; units are free again. Idempotent. Detaches nothing."""
@@ -194,9 +197,7 @@ class Newbus:
             self.delete(child)
         if device.parent is not None and device.parent._children is not None:
             device.parent._children.pop(device, None)
-        self._unname(device)
-        device.state = DeviceState.NOTPRESENT
-        device.softc = None
+        self.unname(device)
 
     def find(self, nameunit: str) -> Device | None:
         """By `xbd0`."""
