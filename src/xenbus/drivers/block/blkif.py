@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from struct import Struct
 from typing import Final
@@ -70,6 +70,7 @@ class Abi:
     response:      id, operation, status
     request_size:  sizeof(struct blkif_request), which is a slot's; response_size likewise, both in bytes
     words:         by count: the segments of a rw request as 64-bit words
+    one:           rw with its first segment's word: most requests are one page
     """
 
     name: str
@@ -81,6 +82,7 @@ class Abi:
     response: Struct
     request_size: int
     response_size: int
+    one: Struct
     words: tuple[Struct, ...] = field(
         default=tuple(Struct(f"<{n}Q") for n in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)), repr=False
     )
@@ -96,6 +98,7 @@ X86_64: Final = Abi(
     response=Struct("<QBxh4x"),
     request_size=112,
     response_size=16,
+    one=Struct("<BBH4xQQQ"),
 )
 X86_32: Final = Abi(
     name="x86_32-abi",
@@ -107,19 +110,10 @@ X86_32: Final = Abi(
     response=Struct("<QBxh"),
     request_size=108,
     response_size=12,
+    one=Struct("<BBHQQQ"),
 )
 # Both ARM ABIs align 64-bit members as x86_64 does.
-ARM: Final = Abi(
-    "arm-abi",
-    X86_64.head,
-    X86_64.rw,
-    X86_64.segments_at,
-    X86_64.discard,
-    X86_64.indirect,
-    X86_64.response,
-    X86_64.request_size,
-    X86_64.response_size,
-)
+ARM: Final = replace(X86_64, name="arm-abi")
 ABIS: Final = {abi.name: abi for abi in (X86_64, X86_32, ARM)}
 NATIVE: Final = {"aarch64": ARM, "armv7l": ARM, "i686": X86_32, "i386": X86_32}.get(
     os.uname().machine, X86_64

@@ -141,12 +141,18 @@ class Disk:
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview, /) -> None:
         """Fill a writable, contiguous buffer."""
-        with memoryview(buffer) as given, given.cast("B") as view:
+        view = memoryview(buffer)
+        try:
+            if view.format != "B" or view.ndim != 1:
+                view = view.cast("B")
             if view.readonly:
                 raise UsageError(f"{self.name}: read into a buffer that is read-only")
-            await self._check(offset, len(view))
-            if len(view):
-                await self._run(Io(READ, offset, len(view), view))
+            length = len(view)
+            await self._check(offset, length)
+            if length:
+                await self._run(Io(READ, offset, length, view))
+        finally:
+            view.release()
 
     async def write(self, offset: int, data: Buffer, /) -> None:
         """The data must not change until this is over. On stable storage only after `flush`."""

@@ -138,6 +138,14 @@ class Connection:
         self.free_ids = list(range(ring.size - 1, -1, -1))
         self.inflight = 0
 
+    def enter(self, request: Request) -> int:
+        """The id under which it goes onto the ring. There are as many as slots."""
+        ident = self.free_ids.pop()
+        self.shadow[ident] = request
+        self.inflight += 1
+        request.io.inflight += 1
+        return ident
+
 
 class Queue:
     """I/O of one disk. Its owner connects and disconnects it, and feeds it kicks.
@@ -152,6 +160,7 @@ class Queue:
         self._on_broken = on_broken
         self._grow = grow
         self._growing = False
+        self._push_scheduled = False
         self._waiting: deque[Span] = deque()
         self._connection: Connection | None = None
         self._serial = 0
@@ -216,9 +225,30 @@ class Queue:
 
     def submit(self, io: Io) -> None:
         """Send it now if there is room, otherwise when there is. The future of `io` tells its end."""
+        connection = self._connection
+        if not self._waiting and connection is not None and not self.held and connection.free_ids:
+            if io.op >= FLUSH:
+                self._issue_plain(connection, io)
+                issued = io.length
+            else:
+                issued = self._issue_data(connection, io, 0, io.length)
+            if connection.inflight == 1:
+                self._push()  # nothing is under way that would wake anybody up
+            elif not self._push_scheduled:
+                # Whoever else gets its turn in this round of the loop shares the notification.
+                self._push_scheduled = True
+                asyncio.get_running_loop().call_soon(self._push)
+            if issued == io.length:
+                return
+            self._waiting.append(Span(io, issued, io.length))
+            return
         self._waiting.append(Span(io, 0, io.length))
-        if len(self._waiting) == 1:
-            self.pump()
+
+    def _push(self) -> None:
+        self._push_scheduled = False
+        connection = self._connection
+        if connection is not None and connection.ring.push_requests():
+            connection.channel.notify()
 
     def pump(self) -> None:
         """Send what waits, as far as slots and pages go, with one notification."""
@@ -231,68 +261,67 @@ class Queue:
             io = span.io
             if io.future.done() or io.error is not None:
                 waiting.popleft()
-                continue
-            if io.op >= FLUSH:
+            elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
                 waiting.popleft()
-            elif not self._issue_data(connection, span):
-                break
-            elif span.cursor >= span.end:
-                waiting.popleft()
-        if connection.ring.push_requests():
-            connection.channel.notify()
-
-    def _enter(self, connection: Connection, request: Request) -> int:
-        ident = connection.free_ids.pop()
-        connection.shadow[ident] = request
-        connection.inflight += 1
-        request.io.inflight += 1
-        self._serial += 1
-        return ident
+            else:
+                issued = self._issue_data(connection, io, span.cursor, span.end)
+                if not issued:
+                    break
+                span.cursor += issued
+                if span.cursor >= span.end:
+                    waiting.popleft()
+        self._push()
 
     def _issue_plain(self, connection: Connection, io: Io) -> None:
         """A flush or a discard: no data."""
         ring, abi = connection.ring, connection.abi
         op = self.flush_op if io.op == FLUSH else io.op
-        request = Request(io, op, 0, io.length, None, self._serial)
-        sector = io.offset >> SECTOR_SHIFT
-        ident = self._enter(connection, request)
+        self._serial += 1
+        ident = connection.enter(Request(io, op, 0, io.length, None, self._serial))
+        sector, at = io.offset >> SECTOR_SHIFT, ring.request_offset()
         if op == DISCARD:
             count = io.length >> SECTOR_SHIFT
-            abi.discard.pack_into(
-                ring.slots, ring.request_offset(), DISCARD, 0, connection.handle, ident, sector, count
-            )
+            abi.discard.pack_into(ring.slots, at, DISCARD, 0, connection.handle, ident, sector, count)
         else:
-            abi.rw.pack_into(ring.slots, ring.request_offset(), op, 0, connection.handle, ident, sector)
+            abi.rw.pack_into(ring.slots, at, op, 0, connection.handle, ident, sector)
         ring.commit_request()
 
-    def _issue_data(self, connection: Connection, span: Span) -> bool:
-        """The next request of a read or write. False: no pages for it now."""
-        io = span.io
-        start, op = span.cursor, io.op
-        length = span.end - start
-        most = connection.max_segments
-        if op == WRITE_BARRIER and most > BLKIF_MAX_SEGMENTS_PER_REQUEST:
-            most = BLKIF_MAX_SEGMENTS_PER_REQUEST  # blkif.h: indirect_op is read or write
-        segments = min(-(-length // PAGE_SIZE), most)
+    def _issue_data(self, connection: Connection, io: Io, start: int, end: int) -> int:
+        """One request for as many of these bytes as it can carry. 0: no pages for it now."""
+        op, length = io.op, end - start
+        segments = -(-length // PAGE_SIZE)
+        if segments > connection.max_segments:
+            segments = connection.max_segments
+        if op == WRITE_BARRIER and segments > BLKIF_MAX_SEGMENTS_PER_REQUEST:
+            segments = BLKIF_MAX_SEGMENTS_PER_REQUEST  # blkif.h: indirect_op is read or write
         found = connection.pool.bin_for(segments)
-        if not found.free:
+        free = found.free
+        if not free:
             if found.count < found.limit and not self._growing:
                 self._growing = True
                 self._grow(connection, found)
-            return False
-        buffer = found.free.pop()
-        segments = min(segments, found.pages)
-        length = min(length, segments * PAGE_SIZE)
+            return 0
+        if segments > found.pages:
+            segments = found.pages
+        if length > segments * PAGE_SIZE:
+            length = segments * PAGE_SIZE
+        buffer = free.pop()
         if op != READ:
             assert io.view is not None
             buffer.view[:length] = io.view[start : start + length]
+        self._serial += 1
         request = Request(io, op, start, length, buffer, self._serial)
-        ident = self._enter(connection, request)
+        ident = connection.enter(request)
         sector = (io.offset + start) >> SECTOR_SHIFT
-        self._put_data(connection, request, ident, sector, segments)
-        span.cursor = start + length
-        return True
+        if length == PAGE_SIZE:
+            ring = connection.ring
+            at, word = ring.request_offset(), buffer.words[0]
+            connection.abi.one.pack_into(ring.slots, at, op, 1, connection.handle, ident, sector, word)
+            ring.commit_request()
+        else:
+            self._put_data(connection, request, ident, sector, segments)
+        return length
 
     @staticmethod
     def _put_data(connection: Connection, request: Request, ident: int, sector: int, segments: int) -> None:
@@ -362,29 +391,25 @@ class Queue:
             self.on_idle()
 
     def _answered(self, connection: Connection, ident: int, op: int, status: int) -> None:
-        request = connection.shadow[ident] if ident < len(connection.shadow) else None
+        shadow = connection.shadow
+        request = shadow[ident] if ident < len(shadow) else None
         if request is None:
             raise PeerError(f"a response for request {ident}, which is not in flight")
         # "copied from request": Linux's blkback copies indirect_op, others the operation itself.
         if op != request.op and not (request.indirect and op == INDIRECT):
             raise PeerError(f"the response for request {ident} names operation {op}, it was {request.op}")
-        connection.shadow[ident] = None
+        shadow[ident] = None
         connection.free_ids.append(ident)
         connection.inflight -= 1
-        io, buffer = request.io, request.buffer
+        io, buffer, length = request.io, request.buffer, request.length
         io.inflight -= 1
-        length = request.length
         self.requests[io.op] += 1
         if io.future.done():
             pass  # its caller went away: nobody touches that buffer any more
         elif status == BLKIF_RSP_OKAY:
-            if io.op == READ and buffer is not None:
-                if io.view is None and length == io.length:
-                    io.result = bytes(buffer.view[:length])
-                else:
-                    if io.view is None:
-                        io.view = memoryview(bytearray(io.length))
-                    io.view[request.start : request.start + length] = buffer.view[:length]
+            if io.op == READ:
+                assert buffer is not None
+                _deliver(request, io, buffer.view)
             io.left -= length or 1
         elif io.error is None:
             self.errors += 1
@@ -398,9 +423,25 @@ class Queue:
     @staticmethod
     def _settle(io: Io) -> None:
         """Tell the caller, once nothing of this I/O is on the ring any more."""
-        if io.future.done() or io.inflight:
+        if io.inflight or io.future.done():
             return
         if io.error is not None:
             io.future.set_exception(io.error)
         elif not io.left:
             io.future.set_result(io.result)
+
+
+def _deliver(request: Request, io: Io, data: memoryview) -> None:
+    """What was read, into the caller's buffer or bytes of its own."""
+    start, length, view = request.start, request.length, io.view
+    if length != len(data):
+        data = data[:length]
+    if length == io.length:
+        if view is None:
+            io.result = bytes(data)
+        else:
+            view[:] = data
+        return
+    if view is None:
+        view = io.view = memoryview(bytearray(io.length))
+    view[start : start + length] = data

@@ -99,11 +99,13 @@ class Pool:
 
     def bin_for(self, pages: int) -> Bin:
         """The shortest that holds `pages`, or the longest there is."""
-        usable = [found for found in self._bins if found.limit]
-        for found in usable:
-            if found.pages >= pages:
-                return found
-        return usable[-1] if usable else self._bins[0]
+        found = self._bins[0]
+        for candidate in self._bins:
+            if candidate.limit:
+                found = candidate
+                if found.pages >= pages:
+                    break
+        return found
 
     async def grow(self, wanted: Bin) -> None:
         """Add buffers to a bin. HypervisorError when there are no pages for even one of the shortest."""
