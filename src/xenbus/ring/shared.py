@@ -146,6 +146,13 @@ class FrontRing(SharedRing):
         self.rsp_cons = (self.rsp_cons + count) & MASK
         return taken
 
+    def take_response_slots(self, limit: int = MASK) -> bytes:
+        """As `take_responses`, whole slots one after the other, for `Struct.iter_unpack`. RingError."""
+        count = min(self.unconsumed_responses(), limit)
+        taken = _copy_slots(self, self.rsp_cons, count)
+        self.rsp_cons = (self.rsp_cons + count) & MASK
+        return taken
+
     def final_check_for_responses(self) -> bool:
         """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_RESPONSES). RingError."""
         if self.unconsumed_responses():
@@ -185,6 +192,13 @@ class BackRing(SharedRing):
         """Private copies of at most `limit` requests, oldest first. RingError."""
         count = min(self.unconsumed_requests(), limit)
         taken = _copy_out(self, self.req_cons, count, self.request_size)
+        self.req_cons = (self.req_cons + count) & MASK
+        return taken
+
+    def take_request_slots(self, limit: int = MASK) -> bytes:
+        """As `take_requests`, whole slots one after the other, for `Struct.iter_unpack`. RingError."""
+        count = min(self.unconsumed_requests(), limit)
+        taken = _copy_slots(self, self.req_cons, count)
         self.req_cons = (self.req_cons + count) & MASK
         return taken
 
@@ -232,6 +246,17 @@ def _publish(words: memoryview, prod: int, event: int, old: int, new: int) -> bo
     # `old` is our own copy: what stands in shared memory may be the peer's.
     passed: bool = (new - words[event]) & MASK < (new - old) & MASK
     return passed
+
+
+def _copy_slots(ring: SharedRing, start: int, count: int) -> bytes:
+    if not count:
+        return b""
+    fence.order_fence()  # the index was read before the slots are
+    slots, step = ring.slots, ring.slot_size
+    first = start & ring.slot_mask
+    if first + count <= ring.size:
+        return bytes(slots[first * step : (first + count) * step])
+    return bytes(slots[first * step :]) + bytes(slots[: (first + count - ring.size) * step])
 
 
 def _copy_out(ring: SharedRing, start: int, count: int, length: int) -> list[bytes]:

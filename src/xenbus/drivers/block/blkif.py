@@ -71,6 +71,7 @@ class Abi:
     request_size:  sizeof(struct blkif_request), which is a slot's; response_size likewise, both in bytes
     words:         by count: the segments of a rw request as 64-bit words
     one:           rw with its first segment's word: most requests are one page
+    request_slots, response_slots: `one` and `response` padded to a slot, for `iter_unpack`
     """
 
     name: str
@@ -83,6 +84,8 @@ class Abi:
     request_size: int
     response_size: int
     one: Struct
+    request_slots: Struct
+    response_slots: Struct
     words: tuple[Struct, ...] = field(
         default=tuple(Struct(f"<{n}Q") for n in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)), repr=False
     )
@@ -99,6 +102,8 @@ X86_64: Final = Abi(
     request_size=112,
     response_size=16,
     one=Struct("<BBH4xQQQ"),
+    request_slots=Struct("<BBH4xQQQ80x"),
+    response_slots=Struct("<QBxh100x"),
 )
 X86_32: Final = Abi(
     name="x86_32-abi",
@@ -111,6 +116,8 @@ X86_32: Final = Abi(
     request_size=108,
     response_size=12,
     one=Struct("<BBHQQQ"),
+    request_slots=Struct("<BBHQQQ80x"),
+    response_slots=Struct("<QBxh96x"),
 )
 # Both ARM ABIs align 64-bit members as x86_64 does.
 ARM: Final = replace(X86_64, name="arm-abi")

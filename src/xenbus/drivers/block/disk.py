@@ -42,6 +42,7 @@ class Geometry:
         "discard_alignment",
         "discard_granularity",
         "flush",
+        "mask",
         "physical_sector_size",
         "readonly",
         "sector_size",
@@ -51,6 +52,7 @@ class Geometry:
     def __init__(self, size: int, sector_size: int = SECTOR_SIZE, *, readonly: bool = False) -> None:
         self.size = size
         self.sector_size = sector_size
+        self.mask = sector_size - 1
         self.physical_sector_size = sector_size
         self.readonly = readonly
         self.flush = False
@@ -76,7 +78,8 @@ class Disk:
         self._geometry: Geometry | None = None
         self._gone: Exception | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._active: dict[Io, None] = {}
+        self._loop = asyncio.get_running_loop()
+        self._active: dict[Io, float] = {}  # and until when
         self._timer: asyncio.TimerHandle | None = None
         self._held_since: float | None = None
         self.read_modify_write = asyncio.Lock()
@@ -135,9 +138,9 @@ class Disk:
             raise UsageError(f"{self.name}: {length} bytes in one read; use read_into")
         if not length:
             return b""
-        io = Io(READ, offset, length, None)
-        await self._run(io)
-        return io.result if io.result is not None else bytes(io.view or b"")
+        io = Io(READ, offset, length, None, self._loop)
+        result = await self._run(io)
+        return result if result is not None else bytes(io.view or b"")
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview, /) -> None:
         """Fill a writable, contiguous buffer."""
@@ -147,10 +150,15 @@ class Disk:
                 view = view.cast("B")
             if view.readonly:
                 raise UsageError(f"{self.name}: read into a buffer that is read-only")
-            length = len(view)
-            await self._check(offset, length)
+            length, geometry = len(view), self._geometry
+            if (
+                geometry is None
+                or (offset | length) & geometry.mask
+                or not 0 <= offset <= geometry.size - length
+            ):
+                await self._check(offset, length)
             if length:
-                await self._run(Io(READ, offset, length, view))
+                await self._run(Io(READ, offset, length, view, self._loop))
         finally:
             view.release()
 
@@ -172,7 +180,7 @@ class Disk:
         """What was written is on stable storage. Nothing to do for a back end that keeps no cache."""
         geometry = await self.connected()
         if geometry.flush or geometry.barrier:
-            await self._run(Io(FLUSH, 0, 0, None))
+            await self._run(Io(FLUSH, 0, 0, None, self._loop))
 
     async def discard(self, offset: int, length: int, /) -> None:
         """Say that a range is of no use any more. Only whole granules of it are discarded, perhaps none.
@@ -187,7 +195,7 @@ class Disk:
         start = -(-(offset - shift) // grain) * grain + shift
         end = (offset + length - shift) // grain * grain + shift
         if start < end:
-            await self._run(Io(DISCARD, start, end - start, None))
+            await self._run(Io(DISCARD, start, end - start, None, self._loop))
 
     def open(self) -> DiskFile:
         """A file-like view with a position, for any offset and length."""
@@ -198,7 +206,7 @@ class Disk:
             await self._check(offset, len(view))
             self._writable()
             if len(view):
-                await self._run(Io(op, offset, len(view), view))
+                await self._run(Io(op, offset, len(view), view, self._loop))
 
     def _writable(self) -> Geometry:
         if self.geometry.readonly:
@@ -217,34 +225,30 @@ class Disk:
         if offset < 0 or length < 0 or offset + length > geometry.size:
             raise UsageError(f"{self.name}: {length} bytes at {offset}: the disk has {geometry.size}")
 
-    async def _run(self, io: Io) -> None:
+    async def _run(self, io: Io) -> bytes | None:
         if self._gone is not None:
             raise self._gone
-        loop = asyncio.get_running_loop()
-        io.deadline = loop.time() + self.timeout
-        self._active[io] = None
+        self._active[io] = self._loop.time() + self.timeout
         if self._timer is None:
-            self._timer = loop.call_later(self.timeout / 4, self._look)
+            self._timer = self._loop.call_later(self.timeout / 4, self._look)
         try:
             self._queue.submit(io)
-            await io.future
+            return await io.future
         finally:
             del self._active[io]
 
     def _look(self) -> None:
         """One timer a disk, not one an I/O: fail what is over its time."""
         self._timer = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         if self._held_since is None:
-            for io in list(self._active):
-                if io.deadline <= now and not io.future.done():
-                    io.future.set_exception(
-                        DeadlineError(f"{self.name}: {io.what()}", self._owed_by(), self.timeout)
-                    )
+            for io, deadline in self._active.items():
+                if deadline <= now and not io.future.done():
+                    error = DeadlineError(f"{self.name}: {io.what()}", self._owed_by(), self.timeout)
+                    io.future.set_exception(error)
         if self._active:
-            soonest = min(io.deadline for io in self._active)
-            self._timer = loop.call_later(min(max(soonest - now, 0.01), self.timeout / 4), self._look)
+            soonest = min(self._active.values())
+            self._timer = self._loop.call_later(min(max(soonest - now, 0.01), self.timeout / 4), self._look)
 
     # -- for the driver alone
 
@@ -269,7 +273,7 @@ class Disk:
         passed = asyncio.get_running_loop().time() - self._held_since
         self._held_since = None
         for io in self._active:
-            io.deadline += passed
+            self._active[io] += passed
 
     def now_gone(self, error: Exception) -> None:
         """Every call that waits and every later one ends with this. The first error stays."""

@@ -69,6 +69,8 @@ class Grants:
         self._runs: OrderedDict[Run, None] = OrderedDict()
         self._where: dict[int, tuple[Run, int]] = {}
         self._exact: dict[tuple[int, int], tuple[Run, memoryview]] = {}
+        # gref -> its page, for as long as there is room to spare and nobody needs to know who used what when.
+        self.single: dict[int, memoryview] = {}
         self._temporary: set[Run] = set()
 
     @property
@@ -97,6 +99,8 @@ class Grants:
             self._forget_exact(list(self._exact))
         found = run, run.view[start * PAGE_SIZE : (start + count) * PAGE_SIZE]
         self._exact[gref, count] = found
+        if count == 1 and self.pages * 2 <= self.limit:
+            self.single[gref] = found[1]
         return found
 
     @staticmethod
@@ -174,6 +178,8 @@ class Grants:
                 return False
             await self._drop(idle)
         self.pages += len(grefs)
+        if self.pages * 2 > self.limit:
+            self.single.clear()
         try:
             run = Run(await self._map(tuple(grefs), True))
         except BaseException:
@@ -209,6 +215,8 @@ class Grants:
 
     def _forget_exact(self, keys: Sequence[tuple[int, int]]) -> None:
         for key in keys:
+            if key[1] == 1:
+                self.single.pop(key[0], None)
             self._exact.pop(key)[1].release()
 
     async def _unmap_run(self, run: Run) -> None:

@@ -14,7 +14,6 @@ from typing import Final
 from xenbus.drivers.block.blkif import (
     BLKIF_MAX_SEGMENTS_PER_REQUEST,
     BLKIF_RSP_EOPNOTSUPP,
-    BLKIF_RSP_OKAY,
     PAGE_SIZE,
     SECTOR_SHIFT,
     SECTOR_SIZE,
@@ -52,43 +51,47 @@ class DiskError(XenbusError):
 
 
 class Io:
-    """One call of a user: as many requests as it takes.
+    """One call of a user, and, where one request carries all of it, that request too.
 
     offset, length: bytes. view: where the data is or goes; None for flush, discard, and a read that makes its
-    own bytes (`result`, or `view` after all where it took several requests).
-    left: bytes not answered yet. inflight: requests on the ring.
+    own bytes (which are the future's result, or `view` after all where it took several requests).
+    buffer, indirect: of its one request. parts: set where it takes more than one.
     """
 
-    __slots__ = (
-        "deadline",
-        "error",
-        "future",
-        "inflight",
-        "left",
-        "length",
-        "offset",
-        "op",
-        "result",
-        "view",
-    )
+    __slots__ = ("buffer", "future", "indirect", "length", "offset", "op", "parts", "view")
 
-    def __init__(self, op: int, offset: int, length: int, view: memoryview | None) -> None:
+    def __init__(
+        self, op: int, offset: int, length: int, view: memoryview | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.op = op
         self.offset = offset
         self.length = length
         self.view = view
-        # A flush has no bytes and still one answer to wait for.
-        self.left = length or 1
-        self.inflight = 0
-        self.error: Exception | None = None
-        self.result: bytes | None = None
-        self.deadline = 0.0
-        self.future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self.indirect = False
+        self.parts: Parts | None = None
+        self.buffer: Buffer | None = None
+        self.future: asyncio.Future[bytes | None] = loop.create_future()
 
     def what(self) -> str:
         if self.op == FLUSH:
             return "flush"
         return f"{OP_NAMES[self.op]} of {self.length} bytes at {self.offset}"
+
+    def split(self) -> Parts:
+        if self.parts is None:
+            self.parts = Parts(self.length)
+        return self.parts
+
+
+class Parts:
+    """An I/O of several requests. left: bytes not answered yet; inflight: requests on the ring."""
+
+    __slots__ = ("error", "inflight", "left")
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.inflight = 0
+        self.error: Exception | None = None
 
 
 class Span:
@@ -102,18 +105,16 @@ class Span:
         self.end = end
 
 
-class Request:
-    """One request in flight: bytes [start, start + length) of its I/O (what blkfronts call the shadow)."""
+class Part:
+    """One of several requests: bytes [start, start + length) of its I/O."""
 
-    __slots__ = ("buffer", "indirect", "io", "length", "op", "serial", "start")
+    __slots__ = ("buffer", "indirect", "io", "length", "start")
 
-    def __init__(self, io: Io, op: int, start: int, length: int, buffer: Buffer | None, serial: int) -> None:
+    def __init__(self, io: Io, start: int, length: int, buffer: Buffer) -> None:
         self.io = io
-        self.op = op
         self.start = start
         self.length = length
-        self.buffer = buffer
-        self.serial = serial
+        self.buffer: Buffer | None = buffer
         self.indirect = False
 
 
@@ -121,9 +122,10 @@ class Connection:
     """Everything that belongs to one ring, and dies with it.
 
     max_segments: in one request; above BLKIF_MAX_SEGMENTS_PER_REQUEST they are indirect
+    shadow:       what is in flight by id, oldest first (blkfronts call it so)
     """
 
-    __slots__ = ("abi", "channel", "free_ids", "handle", "inflight", "max_segments", "pool", "ring", "shadow")
+    __slots__ = ("abi", "channel", "free_ids", "handle", "max_segments", "pool", "ring", "shadow")
 
     def __init__(
         self, ring: FrontRing, channel: Channel, abi: Abi, pool: Pool, max_segments: int, handle: int
@@ -134,17 +136,8 @@ class Connection:
         self.pool = pool
         self.max_segments = max_segments
         self.handle = handle & 0xFFFF
-        self.shadow: list[Request | None] = [None] * ring.size
+        self.shadow: dict[int, Io | Part] = {}
         self.free_ids = list(range(ring.size - 1, -1, -1))
-        self.inflight = 0
-
-    def enter(self, request: Request) -> int:
-        """The id under which it goes onto the ring. There are as many as slots."""
-        ident = self.free_ids.pop()
-        self.shadow[ident] = request
-        self.inflight += 1
-        request.io.inflight += 1
-        return ident
 
 
 class Queue:
@@ -159,11 +152,11 @@ class Queue:
     ) -> None:
         self._on_broken = on_broken
         self._grow = grow
+        self._loop = asyncio.get_running_loop()
         self._growing = False
         self._push_scheduled = False
         self._waiting: deque[Span] = deque()
         self._connection: Connection | None = None
-        self._serial = 0
         self.flush_op = FLUSH
         self.held = False  # True: nothing new goes out (suspending)
         self.requests = dict.fromkeys(OP_NAMES, 0)
@@ -177,7 +170,7 @@ class Queue:
     @property
     def inflight(self) -> int:
         """Requests on the ring."""
-        return self._connection.inflight if self._connection is not None else 0
+        return len(self._connection.shadow) if self._connection is not None else 0
 
     @property
     def waiting(self) -> int:
@@ -196,16 +189,21 @@ class Queue:
         connection, self._connection = self._connection, None
         if connection is None:
             return None
-        lost = sorted((found for found in connection.shadow if found), key=lambda request: request.serial)
+        lost = list(connection.shadow.values())
+        connection.shadow.clear()
         for request in reversed(lost):
-            io = request.io
-            io.inflight -= 1
-            if io.future.done() or io.error is not None:
-                self._settle(io)
+            if isinstance(request, Io):
+                io, start, length = request, 0, request.length
+                io.buffer = None
+            else:
+                io, start, length = request.io, request.start, request.length
+                io.split().inflight -= 1
+            if io.future.done():
                 continue
-            self._waiting.appendleft(Span(io, request.start, request.start + request.length))
-        connection.shadow = [None] * len(connection.shadow)
-        connection.inflight = 0
+            if io.parts is not None and io.parts.error is not None:
+                self._settle(io, io.parts)
+                continue
+            self._waiting.appendleft(Span(io, start, start + length))
         connection.ring.release()
         connection.pool.release()
         return connection
@@ -216,7 +214,7 @@ class Queue:
         pending = [span.io for span in self._waiting]
         self._waiting.clear()
         if connection is not None:
-            pending += [request.io for request in connection.shadow if request]
+            pending += [found if isinstance(found, Io) else found.io for found in connection.shadow.values()]
         for io in pending:
             if not io.future.done():
                 io.future.set_exception(error)
@@ -226,23 +224,23 @@ class Queue:
     def submit(self, io: Io) -> None:
         """Send it now if there is room, otherwise when there is. The future of `io` tells its end."""
         connection = self._connection
-        if not self._waiting and connection is not None and not self.held and connection.free_ids:
+        issued = 0
+        if connection is not None and connection.free_ids and not self._waiting and not self.held:
+            idle = not connection.shadow
             if io.op >= FLUSH:
                 self._issue_plain(connection, io)
                 issued = io.length
             else:
                 issued = self._issue_data(connection, io, 0, io.length)
-            if connection.inflight == 1:
+            if idle:
                 self._push()  # nothing is under way that would wake anybody up
             elif not self._push_scheduled:
                 # Whoever else gets its turn in this round of the loop shares the notification.
                 self._push_scheduled = True
-                asyncio.get_running_loop().call_soon(self._push)
+                self._loop.call_soon(self._push)
             if issued == io.length:
                 return
-            self._waiting.append(Span(io, issued, io.length))
-            return
-        self._waiting.append(Span(io, 0, io.length))
+        self._waiting.append(Span(io, issued, io.length))
 
     def _push(self) -> None:
         self._push_scheduled = False
@@ -259,7 +257,7 @@ class Queue:
         while waiting and connection.free_ids:
             span = waiting[0]
             io = span.io
-            if io.future.done() or io.error is not None:
+            if io.future.done() or (io.parts is not None and io.parts.error is not None):
                 waiting.popleft()
             elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
@@ -277,8 +275,8 @@ class Queue:
         """A flush or a discard: no data."""
         ring, abi = connection.ring, connection.abi
         op = self.flush_op if io.op == FLUSH else io.op
-        self._serial += 1
-        ident = connection.enter(Request(io, op, 0, io.length, None, self._serial))
+        ident = connection.free_ids.pop()
+        connection.shadow[ident] = io
         sector, at = io.offset >> SECTOR_SHIFT, ring.request_offset()
         if op == DISCARD:
             count = io.length >> SECTOR_SHIFT
@@ -296,8 +294,7 @@ class Queue:
         if op == WRITE_BARRIER and segments > BLKIF_MAX_SEGMENTS_PER_REQUEST:
             segments = BLKIF_MAX_SEGMENTS_PER_REQUEST  # blkif.h: indirect_op is read or write
         found = connection.pool.bin_for(segments)
-        free = found.free
-        if not free:
+        if not found.free:
             if found.count < found.limit and not self._growing:
                 self._growing = True
                 self._grow(connection, found)
@@ -306,33 +303,41 @@ class Queue:
             segments = found.pages
         if length > segments * PAGE_SIZE:
             length = segments * PAGE_SIZE
-        buffer = free.pop()
+        buffer = found.free.pop()
         if op != READ:
             assert io.view is not None
             buffer.view[:length] = io.view[start : start + length]
-        self._serial += 1
-        request = Request(io, op, start, length, buffer, self._serial)
-        ident = connection.enter(request)
+        ident = connection.free_ids.pop()
         sector = (io.offset + start) >> SECTOR_SHIFT
+        request: Io | Part = io
+        if length == io.length:
+            io.buffer = buffer
+        else:
+            request = Part(io, start, length, buffer)
+            io.split().inflight += 1
+        connection.shadow[ident] = request
         if length == PAGE_SIZE:
-            ring = connection.ring
-            at, word = ring.request_offset(), buffer.words[0]
-            connection.abi.one.pack_into(ring.slots, at, op, 1, connection.handle, ident, sector, word)
+            ring, word = connection.ring, buffer.words[0]
+            connection.abi.one.pack_into(
+                ring.slots, ring.request_offset(), op, 1, connection.handle, ident, sector, word
+            )
             ring.commit_request()
         else:
-            self._put_data(connection, request, ident, sector, segments)
+            request.indirect = segments > BLKIF_MAX_SEGMENTS_PER_REQUEST
+            self._put_data(connection, buffer, op, length, ident, sector, segments)
         return length
 
     @staticmethod
-    def _put_data(connection: Connection, request: Request, ident: int, sector: int, segments: int) -> None:
+    def _put_data(
+        connection: Connection, buffer: Buffer, op: int, length: int, ident: int, sector: int, segments: int
+    ) -> None:
         """One read or write request into the ring's next slot."""
-        ring, abi, buffer = connection.ring, connection.abi, request.buffer
-        assert buffer is not None
+        ring, abi = connection.ring, connection.abi
         at = ring.request_offset()
         # Whole pages but for the end of the last: its last_sect comes down by what is missing.
-        missing = (segments * PAGE_SIZE - request.length) // SECTOR_SIZE << 40
+        missing = (segments * PAGE_SIZE - length) // SECTOR_SIZE << 40
         if segments <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
-            abi.rw.pack_into(ring.slots, at, request.op, segments, connection.handle, ident, sector)
+            abi.rw.pack_into(ring.slots, at, op, segments, connection.handle, ident, sector)
             words = buffer.words[:segments]
             if missing:
                 words = (*words[:-1], words[-1] - missing)
@@ -345,12 +350,11 @@ class Queue:
             if missing:
                 last = buffer.words[segments - 1] - missing
                 page[end - SEGMENT_SIZE : end] = last.to_bytes(SEGMENT_SIZE, "little")
-            request.indirect = True
             abi.indirect.pack_into(
                 ring.slots,
                 at,
                 INDIRECT,
-                request.op,
+                op,
                 segments,
                 ident,
                 sector,
@@ -374,12 +378,19 @@ class Queue:
         connection = self._connection
         if connection is None:
             return
-        ring, unpack = connection.ring, connection.abi.response.unpack
+        ring, unpack = connection.ring, connection.abi.response_slots.iter_unpack
+        shadow, free_ids = connection.shadow, connection.free_ids
         try:
             while True:
-                for raw in ring.take_responses():
-                    ident, op, status = unpack(raw)
-                    self._answered(connection, ident, op, status)
+                for ident, op, status in unpack(ring.take_response_slots()):
+                    request = shadow.pop(ident, None)
+                    if request is None:
+                        raise PeerError(f"a response for request {ident}, which is not in flight")
+                    free_ids.append(ident)
+                    if isinstance(request, Io):
+                        self._answered(request, op, status)
+                    else:
+                        self._part_answered(request, op, status)
                 if self._waiting:
                     self.pump()
                 if not ring.final_check_for_responses():
@@ -387,61 +398,73 @@ class Queue:
         except PeerError as error:
             self._on_broken(error)
             return
-        if not connection.inflight and self.on_idle is not None:
+        if not shadow and self.on_idle is not None:
             self.on_idle()
 
-    def _answered(self, connection: Connection, ident: int, op: int, status: int) -> None:
-        shadow = connection.shadow
-        request = shadow[ident] if ident < len(shadow) else None
-        if request is None:
-            raise PeerError(f"a response for request {ident}, which is not in flight")
-        # "copied from request": Linux's blkback copies indirect_op, others the operation itself.
-        if op != request.op and not (request.indirect and op == INDIRECT):
-            raise PeerError(f"the response for request {ident} names operation {op}, it was {request.op}")
-        shadow[ident] = None
-        connection.free_ids.append(ident)
-        connection.inflight -= 1
-        io, buffer, length = request.io, request.buffer, request.length
-        io.inflight -= 1
+    def _answered(self, io: Io, op: int, status: int) -> None:
+        """The answer to an I/O of one request."""
+        if op != io.op:
+            self._check_op(io, io.indirect, op)
         self.requests[io.op] += 1
-        if io.future.done():
-            pass  # its caller went away: nobody touches that buffer any more
-        elif status == BLKIF_RSP_OKAY:
-            if io.op == READ:
-                assert buffer is not None
-                _deliver(request, io, buffer.view)
-            io.left -= length or 1
-        elif io.error is None:
-            self.errors += 1
-            name = "EOPNOTSUPP" if status == BLKIF_RSP_EOPNOTSUPP else "EIO"
-            io.error = DiskError(name, f"{io.what()}: the back end answered {status}")
+        buffer, future = io.buffer, io.future
         if buffer is not None:
-            buffer.bin.free.append(buffer)
-        if not io.left or io.error is not None:
-            self._settle(io)
+            io.buffer = None
+            buffer.bin.free.append(buffer)  # nobody takes it before this is over
+        if future.done():
+            return  # its caller went away: nobody touches that buffer any more
+        if status:
+            future.set_exception(self._error(io, status))
+        elif io.op != READ:
+            future.set_result(None)
+        else:
+            assert buffer is not None
+            data, length, view = buffer.view, io.length, io.view
+            if length != len(data):
+                data = data[:length]
+            if view is None:
+                future.set_result(bytes(data))
+            else:
+                view[:] = data
+                future.set_result(None)
+
+    def _part_answered(self, part: Part, op: int, status: int) -> None:
+        io, buffer = part.io, part.buffer
+        parts = io.split()
+        if op != io.op:
+            self._check_op(io, part.indirect, op)
+        self.requests[io.op] += 1
+        parts.inflight -= 1
+        assert buffer is not None
+        buffer.bin.free.append(buffer)
+        if io.future.done():
+            return
+        if status:
+            parts.error = parts.error or self._error(io, status)
+        else:
+            if io.op == READ:
+                if io.view is None:
+                    io.view = memoryview(bytearray(io.length))
+                io.view[part.start : part.start + part.length] = buffer.view[: part.length]
+            parts.left -= part.length
+        self._settle(io, parts)
+
+    def _check_op(self, io: Io, indirect: bool, op: int) -> None:
+        """PeerError. Of an indirect request Linux's blkback copies indirect_op, others the operation."""
+        wanted = self.flush_op if io.op == FLUSH else io.op
+        if op != wanted and not (indirect and op == INDIRECT):
+            raise PeerError(f"the response to {io.what()} names operation {op}, it was {wanted}")
+
+    def _error(self, io: Io, status: int) -> DiskError:
+        self.errors += 1
+        name = "EOPNOTSUPP" if status == BLKIF_RSP_EOPNOTSUPP else "EIO"
+        return DiskError(name, f"{io.what()}: the back end answered {status}")
 
     @staticmethod
-    def _settle(io: Io) -> None:
+    def _settle(io: Io, parts: Parts) -> None:
         """Tell the caller, once nothing of this I/O is on the ring any more."""
-        if io.inflight or io.future.done():
+        if parts.inflight or io.future.done():
             return
-        if io.error is not None:
-            io.future.set_exception(io.error)
-        elif not io.left:
-            io.future.set_result(io.result)
-
-
-def _deliver(request: Request, io: Io, data: memoryview) -> None:
-    """What was read, into the caller's buffer or bytes of its own."""
-    start, length, view = request.start, request.length, io.view
-    if length != len(data):
-        data = data[:length]
-    if length == io.length:
-        if view is None:
-            io.result = bytes(data)
-        else:
-            view[:] = data
-        return
-    if view is None:
-        view = io.view = memoryview(bytearray(io.length))
-    view[start : start + length] = data
+        if parts.error is not None:
+            io.future.set_exception(parts.error)
+        elif not parts.left:
+            io.future.set_result(None)
