@@ -296,12 +296,19 @@ def test_the_node_quota_holds_at_the_end(engine: Engine, dom0: Talk) -> None:
     have = engine.domain(5).nodes
     engine.domain(5).quotas.set("nodes", have + 2)
     tx = five.start()
-    five.write("a", "", tx)
-    five.write("b", "", tx)
-    assert five.error(Op.WRITE, "c", "", tx=tx) == "ENOSPC"
-    dom0.write("/local/domain/5/data/x")
-    assert five.end(tx) in ("EAGAIN", "ENOSPC")
-    assert engine.domain(5).nodes == have + 2
+    for name in "abc":
+        five.write(name, "", tx)
+    assert five.end(tx) == "ENOSPC"
+    assert engine.domain(5).nodes == have
+    tx = five.start()
+    for name in "ab":
+        five.write(name, "", tx)
+    assert five.end(tx) == ""
+    tx = five.start()
+    assert five.error(Op.WRITE, "c", "", tx=tx) == "ENOSPC", "no room for one"
+    five.ask(Op.RM, "a", tx=tx)
+    assert five.end(tx) == ""
+    assert engine.domain(5).nodes == have + 1
     assert engine.check() == []
 
 
@@ -314,6 +321,22 @@ def test_memory_of_open_transactions_is_counted_and_given_back(engine: Engine, d
     assert engine.check() == []
     five.end(tx, commit=False)
     assert engine.domain(5).memory == before
+
+
+def test_a_transaction_too_large_for_its_owners_memory_fails_and_does_not_stall(
+    engine: Engine, dom0: Talk
+) -> None:
+    five = guest(engine, dom0, 5)
+    for number in range(20):
+        five.write(f"n{number}", "x" * 500)
+    engine.domain(5).quotas.set("memory", engine.domain(5).memory + 5000)
+    tx = five.start()
+    errors = [five.error(Op.WRITE, f"n{number}", "y" * 500, tx=tx) for number in range(20)]
+    assert errors[0] == "" and errors[-1] == "ENOMEM"
+    assert five.conn.may_send
+    assert five.end(tx) == "ENOMEM"
+    assert five.read("n0") == b"x" * 500
+    assert engine.check() == []
 
 
 def test_a_dead_domain_does_not_come_back_by_a_transaction(engine: Engine, dom0: Talk) -> None:

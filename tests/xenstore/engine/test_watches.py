@@ -153,9 +153,10 @@ def test_malformed_watches(dom0: Talk, payload: bytes) -> None:
     assert dom0.raw_error(Op.WATCH, payload) == "EINVAL"
 
 
-@pytest.mark.parametrize("payload", [b"", b"/a\0", b"/a\0t\0x\0", b"/a//\0t\0"])
+@pytest.mark.parametrize("payload", [b"", b"/a\0", b"/a\0t\0x\0"])
 def test_malformed_unwatches(dom0: Talk, payload: bytes) -> None:
     assert dom0.raw_error(Op.UNWATCH, payload) == "EINVAL"
+    assert dom0.raw_error(Op.UNWATCH, b"/a//\0t\0") == "ENOENT", "as 4.17 says it"
 
 
 def test_a_guest_without_the_feature_knows_no_depth(engine: Engine, dom0: Talk) -> None:

@@ -120,6 +120,10 @@ def forget(engine: Engine, domid: int) -> None:
         node = engine.nodes[path]
         kept = tuple(entry for entry in node.perms if entry[1] != domid)
         nodes.set_node_perms(engine, None, path, node, kept)
+    for domain in engine.domains.values():
+        for conn in domain.connections:
+            for tx in conn.transactions.values():
+                tx.stale = tx.stale or tx.names(domid)
     owned.sort(key=len)
     for path in owned:
         node_left = engine.nodes.get(path)

@@ -47,6 +47,8 @@ def _tables() -> tuple[list[Handler], list[Handler]]:
     return dom0, guest
 
 
+# What is refused is refused whatever transaction it names.
+_ALWAYS_FAIL = (_unknown, _refused)
 _DOM0_TABLE, _GUEST_TABLE = _tables()
 _OPS = len(_DOM0_TABLE)
 
@@ -63,7 +65,6 @@ class Engine:
         self.quotas = quotas or Quotas()
         self.hooks = hooks
         self.generation = 0
-        self.deaths = 0
         self.nodes: dict[bytes, Node] = {}
         self.domains: dict[int, Domain] = {}
         self.watches = WatchIndex()
@@ -131,7 +132,7 @@ class Engine:
             tx_id = message.tx_id
             if tx_id and op not in _IGNORES_TX:
                 tx = conn.transactions.get(tx_id)
-                if tx is None:
+                if tx is None and handler not in _ALWAYS_FAIL:
                     raise Fail("ENOENT")
             else:
                 tx = None
@@ -200,9 +201,9 @@ class Engine:
         else:
             entry = tx.accessed[path]
             if not entry.modified:
+                self._hold(tx, len(path) + node.size)
                 entry.modified = True
                 node = entry.node = node.clone()
-                self._hold(tx, len(path) + node.size)
         node.generation = self.generation
         return node
 
@@ -216,12 +217,12 @@ class Engine:
             domain.nodes += 1
             domain.memory += len(path) + node.size
         else:
+            self._hold(tx, len(path) + node.size)
             entry = tx.accessed[path]
             entry.node = node
             entry.modified = True
             tx.created = True
             tx.count(node.perms[0][1], 1)
-            self._hold(tx, len(path) + node.size)
 
     def remove(self, tx: Transaction | None, path: bytes, node: Node) -> None:
         """The node goes; the caller takes it out of its parent."""
@@ -238,9 +239,13 @@ class Engine:
             tx.count(node.perms[0][1], -1)
 
     def _hold(self, tx: Transaction, size: int) -> None:
-        """Memory of an open transaction is its owner's, until the end."""
+        """Memory of an open transaction is its owner's, until the end. One that cannot have it only fails."""
+        domain = tx.domain
+        if domain.domid and domain.memory + size > domain.quotas.memory > 0:
+            tx.failed = True
+            raise Fail("ENOMEM")
         tx.memory += size
-        tx.domain.memory += size
+        domain.memory += size
 
     def subtree(self, tx: Transaction | None, path: bytes) -> list[tuple[bytes, Node]]:
         """The node and all below, children before parents, siblings in order."""
@@ -385,7 +390,6 @@ class Engine:
         for other in self.domains.values():
             if other.target == domid:
                 self.set_target(other, None)
-        self.deaths += 1
         domains.forget(self, domid)
         self.domains.pop(domid, None)
         if domain.introduced:

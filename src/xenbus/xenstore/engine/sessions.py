@@ -13,7 +13,7 @@ from xenbus.xenstore.engine.nodes import canonical
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Transaction
 from xenbus.xenstore.engine.tree import NO_GENERATION
 from xenbus.xenstore.engine.watches import Watch
-from xenbus.xenstore.wire import DOMID_ANY, OK, Message, Op
+from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
@@ -61,7 +61,12 @@ def unwatch(engine: Engine, conn: Connection, message: Message, tx: Transaction 
     words = words_of(message.payload)
     if len(words) != 2:
         raise Fail("EINVAL")
-    found = conn.watches.get((canonical(conn, words[0], special=True), words[1]))
+    try:
+        path = canonical(conn, words[0], special=True)
+    except Fail:
+        # No watch can be there: 4.17 does not look at the path's form.
+        raise Fail("ENOENT") from None
+    found = conn.watches.get((path, words[1]))
     if found is None:
         raise Fail("ENOENT")
     drop_watch(engine, found)
@@ -87,7 +92,7 @@ def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
     while tx_id == 0 or tx_id in conn.transactions:
         tx_id = (tx_id + 1) & 0xFFFF_FFFF
     conn.next_tx = (tx_id + 1) & 0xFFFF_FFFF
-    conn.transactions[tx_id] = Transaction(tx_id, domain, engine.deaths)
+    conn.transactions[tx_id] = Transaction(tx_id, domain)
     domain.transactions += 1
     return b"%d\0" % tx_id
 
@@ -124,12 +129,8 @@ def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
         node = nodes.get(path)
         if (NO_GENERATION if node is None else node.generation) != entry.generation:
             raise Fail("EAGAIN")
-    if tx.deaths != engine.deaths:
-        for entry in tx.accessed.values():
-            if entry.modified and entry.node is not None:
-                for access, domid in entry.node.perms:
-                    if access < 4 and domid != DOMID_ANY and not engine.exists(domid):
-                        raise Fail("EAGAIN")
+    if tx.stale:
+        raise Fail("EAGAIN")
 
 
 def _commit(engine: Engine, tx: Transaction) -> None:

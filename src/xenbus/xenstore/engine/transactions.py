@@ -35,23 +35,23 @@ class Transaction:
     """`accessed` is in order of first access: events come out in that order.
 
     domain: its owner
-    deaths: how many domains had died when it started
     nodes: by how much each domain's node count will change
     memory: bytes held for the owner until the end
     created: some node was; failed: END can only fail (ENOMEM)
+    stale: what it would write names a domain that died (EAGAIN)
     """
 
-    __slots__ = ("accessed", "created", "deaths", "domain", "failed", "memory", "nodes", "tx_id")
+    __slots__ = ("accessed", "created", "domain", "failed", "memory", "nodes", "stale", "tx_id")
 
-    def __init__(self, tx_id: int, domain: Domain, deaths: int) -> None:
+    def __init__(self, tx_id: int, domain: Domain) -> None:
         self.tx_id = tx_id
         self.domain = domain
-        self.deaths = deaths
         self.accessed: dict[bytes, Entry] = {}
         self.nodes: dict[int, int] = {}
         self.memory = 0
         self.created = False
         self.failed = False
+        self.stale = False
 
     def queue_event(self, path: bytes, fire: int) -> None:
         entry = self.accessed[path]
@@ -59,6 +59,13 @@ class Transaction:
 
     def count(self, domid: int, delta: int) -> None:
         self.nodes[domid] = self.nodes.get(domid, 0) + delta
+
+    def names(self, domid: int) -> bool:
+        """Whether a node that it would write has an entry for that domain."""
+        return any(
+            entry.modified and entry.node is not None and any(one == domid for _, one in entry.node.perms)
+            for entry in self.accessed.values()
+        )
 
     def release(self) -> None:
         """Looks at no node any more. Once."""

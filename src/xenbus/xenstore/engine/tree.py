@@ -76,9 +76,10 @@ def access_of(perms: Perms, ids: Container[int]) -> int:
     first = perms[0]
     if first[1] in ids:
         return READ | WRITE | OWNER
-    for access, domid in perms:
-        if domid in ids and not access & IGNORED:
-            return access
+    if len(perms) > 1:
+        for access, domid in perms:
+            if domid in ids and not access & IGNORED:
+                return access
     return first[0]
 
 
