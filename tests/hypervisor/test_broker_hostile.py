@@ -333,3 +333,30 @@ def test_a_peer_that_scribbles_on_the_pending_map_only_makes_noise():
             wire.close_all(fds)
 
     asyncio.run(main())
+
+
+def test_too_many_descriptors_under_way_are_not_the_reader_s_fault(monkeypatch):
+    """unix(7), ETOOMANYREFS: sent a little later, and nobody is dropped."""
+
+    async def main():
+        async with broker_with([1]) as (broker, honest, raw):
+            message = await raw.ask(Op.PORT_ALLOC, wire.DOMID.pack(0))
+            (port,) = wire.PORT.unpack(message.payload)
+            failures = [OSError(errno.ETOOMANYREFS, "too many"), OSError(errno.ETOOMANYREFS, "too many")]
+            send = wire.send
+
+            def failing(sock, data, fds=()):
+                if fds and failures:
+                    raise failures.pop()
+                send(sock, data, fds)
+
+            monkeypatch.setattr(wire, "send", failing)
+            fired = asyncio.Event()
+            await asyncio.wait_for(honest.evtchn.bind_interdomain(1, port, fired.set), DEADLINE)
+            await asyncio.wait_for(fired.wait(), DEADLINE)
+            assert not failures and broker.told == []
+            while not (message := await raw.receive()).fds:
+                pass
+            wire.close_all(message.fds)
+
+    asyncio.run(main())

@@ -358,6 +358,34 @@ def test_event_channels_carry_levels_both_ways(run):
     run(test)
 
 
+def test_what_was_published_before_the_last_kick_is_seen(run):
+    """However kicks and handlers interleave: what a ring stands on."""
+
+    async def test(rig):
+        back, front = await rig.domain(0), await rig.domain(1)
+        pages, refs = await front.alloc(0, 1)
+        mapping = await back.map(1, refs)
+        word = back.things[mapping].view[:4].cast("I")
+        _, port = await front.port(0)
+        last, done = 20_000, asyncio.Event()
+
+        def look():
+            if word[0] == last:
+                done.set()
+
+        mine, my_port = await front.port(0)
+        channel = await back.hv.evtchn.bind_interdomain(1, my_port, look)
+        other = await back.bind(1, port)  # a second channel of the same link, quiet
+        await front.barrier()
+        await front.count_up(mine, pages, last)
+        await asyncio.wait_for(done.wait(), DEADLINE)
+        assert await back.fired(other, 1) == 1
+        word.release()
+        await channel.close()
+
+    run(test)
+
+
 def test_masked_stays_pending_and_fires_once(run):
     async def test(rig):
         back, front = await rig.domain(0), await rig.domain(1)
