@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import random
 
@@ -208,7 +209,7 @@ def test_an_answer_that_never_comes():
         # It comes after all: nobody waits, nothing breaks, the slot is free again.
         back.answer(ident_of(back, back.requests[0]), Op.READ, OKAY)
         await until(lambda: r.front.queue.inflight == 0)
-        assert r.disk.active == 0
+        assert r.front.queue.waiting == 0
 
     with_raw_back(check)
 
@@ -430,3 +431,34 @@ def test_a_real_resume_sends_again_what_was_in_flight():
             await r.guest.back.resume(cancelled=False, store=store, hv=r.guest.hv)
 
     with_drain(0.05, lambda: asyncio.run(run()))
+
+
+def test_a_buffer_released_in_flight_is_the_callers_own_fault():
+    async def check(r, back):
+        view = memoryview(bytearray(512))
+        read = asyncio.ensure_future(r.disk.read_into(0, view))
+        (raw,) = await back.asked(1)
+        view.release()
+        back.answer(ident_of(back, raw), Op.READ, OKAY)
+        with pytest.raises(UsageError, match="released"):
+            await read
+        assert r.front_dev.state is XenbusState.CONNECTED
+
+    with_raw_back(check)
+
+
+def test_buffers_of_other_shapes():
+    async def check(r, back):
+        wide, square = array.array("I", bytes(512)), memoryview(bytearray(512)).cast("B", (2, 256))
+        for buffer in (wide, square, bytearray(512)):
+            read = asyncio.ensure_future(r.disk.read_into(0, buffer))
+            await until(lambda: back.requests)
+            raw = back.requests.pop()
+            mapped = await r.back_dev.map_ring([blkif.SEGMENT.unpack_from(raw, back.abi.segments_at)[0]])
+            mapped.view[:512] = bytes(range(256)) * 2
+            back.answer(ident_of(back, raw), Op.READ, OKAY)
+            await read
+            assert memoryview(buffer).tobytes() == bytes(range(256)) * 2
+            await r.back_dev.unmap(mapped)
+
+    with_raw_back(check)

@@ -26,7 +26,6 @@ from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 __all__ = ["Disk", "DiskError", "DiskFile", "Geometry"]
 
-DEFAULT_TIMEOUT: Final = 60.0
 # What one call of `read` makes room for at most; `read_into` has no such limit.
 READ_MAX: Final = 1 << 30
 
@@ -72,23 +71,27 @@ class Disk:
 
     def __init__(self, name: str, queue: Queue, owed_by: Callable[[], str]) -> None:
         self.name = name
-        self.timeout = DEFAULT_TIMEOUT
         self._queue = queue
         self._owed_by = owed_by
         self._geometry: Geometry | None = None
-        self._gone: Exception | None = None
         self._ready: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._active: dict[Io, float] = {}  # and until when
-        self._timer: asyncio.TimerHandle | None = None
-        self._held_since: float | None = None
         self.read_modify_write = asyncio.Lock()
 
     def __repr__(self) -> str:
-        state = (
-            "gone" if self._gone else f"{self._geometry.size} bytes" if self._geometry else "not connected"
-        )
-        return f"<Disk {self.name}: {state}>"
+        size = f"{self._geometry.size} bytes" if self._geometry is not None else "not connected"
+        return f"<Disk {self.name}: {'gone' if self._queue.gone else size}>"
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for one call; a change holds from the next tick on."""
+        return self._queue.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        if not seconds > 0:
+            raise UsageError(f"{self.name}: a timeout of {seconds} s")
+        self._queue.timeout = seconds
 
     # -- what it is
 
@@ -96,7 +99,7 @@ class Disk:
     def geometry(self) -> Geometry:
         """UsageError before the first connection: await `connected()`."""
         if self._geometry is None:
-            raise self._gone or UsageError(f"{self.name} was never connected: nobody told its size")
+            raise self._queue.gone or UsageError(f"{self.name} was never connected: nobody told its size")
         return self._geometry
 
     @property
@@ -118,15 +121,15 @@ class Disk:
 
     async def connected(self, timeout: float | None = None) -> Geometry:
         """Wait for the first connection. DeadlineError, LinkDown."""
-        if self._geometry is None and self._gone is None:
+        if self._geometry is None and self._queue.gone is None:
             if self._ready is None:
                 self._ready = asyncio.get_running_loop().create_future()
             seconds = self.timeout if timeout is None else timeout
             await asyncio.wait([self._ready], timeout=seconds)
             if not self._ready.done():
                 raise DeadlineError(f"{self.name} to be Connected", self._owed_by(), seconds)
-        if self._gone is not None:
-            raise self._gone
+        if self._queue.gone is not None:
+            raise self._queue.gone
         return self.geometry
 
     # -- what is done with it
@@ -138,29 +141,33 @@ class Disk:
             raise UsageError(f"{self.name}: {length} bytes in one read; use read_into")
         if not length:
             return b""
-        io = Io(READ, offset, length, None, self._loop)
+        io = Io(READ, offset, length, None, self._loop.create_future())
         result = await self._run(io)
         return result if result is not None else bytes(io.view or b"")
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview, /) -> None:
         """Fill a writable, contiguous buffer."""
-        view = memoryview(buffer)
-        try:
-            if view.format != "B" or view.ndim != 1:
-                view = view.cast("B")
+        geometry = self._geometry
+        if (
+            type(buffer) is memoryview
+            and geometry is not None
+            and buffer.format == "B"
+            and buffer.ndim == 1
+            and not buffer.readonly
+        ):
+            # The way of most I/O, written out: a cached page is read in less time than a coroutine costs.
+            length = len(buffer)
+            if length and not (offset | length) & geometry.mask and 0 <= offset <= geometry.size - length:
+                io = Io(READ, offset, length, buffer, self._loop.create_future())
+                self._queue.submit(io)
+                await io.future
+                return
+        with memoryview(buffer) as given, given.cast("B") as view:
             if view.readonly:
                 raise UsageError(f"{self.name}: read into a buffer that is read-only")
-            length, geometry = len(view), self._geometry
-            if (
-                geometry is None
-                or (offset | length) & geometry.mask
-                or not 0 <= offset <= geometry.size - length
-            ):
-                await self._check(offset, length)
-            if length:
-                await self._run(Io(READ, offset, length, view, self._loop))
-        finally:
-            view.release()
+            await self._check(offset, len(view))
+            if len(view):
+                await self._run(Io(READ, offset, len(view), view, self._loop.create_future()))
 
     async def write(self, offset: int, data: Buffer, /) -> None:
         """The data must not change until this is over. On stable storage only after `flush`."""
@@ -180,7 +187,7 @@ class Disk:
         """What was written is on stable storage. Nothing to do for a back end that keeps no cache."""
         geometry = await self.connected()
         if geometry.flush or geometry.barrier:
-            await self._run(Io(FLUSH, 0, 0, None, self._loop))
+            await self._run(Io(FLUSH, 0, 0, None, self._loop.create_future()))
 
     async def discard(self, offset: int, length: int, /) -> None:
         """Say that a range is of no use any more. Only whole granules of it are discarded, perhaps none.
@@ -195,7 +202,7 @@ class Disk:
         start = -(-(offset - shift) // grain) * grain + shift
         end = (offset + length - shift) // grain * grain + shift
         if start < end:
-            await self._run(Io(DISCARD, start, end - start, None, self._loop))
+            await self._run(Io(DISCARD, start, end - start, None, self._loop.create_future()))
 
     def open(self) -> DiskFile:
         """A file-like view with a position, for any offset and length."""
@@ -206,7 +213,7 @@ class Disk:
             await self._check(offset, len(view))
             self._writable()
             if len(view):
-                await self._run(Io(op, offset, len(view), view, self._loop))
+                await self._run(Io(op, offset, len(view), view, self._loop.create_future()))
 
     def _writable(self) -> Geometry:
         if self.geometry.readonly:
@@ -226,67 +233,24 @@ class Disk:
             raise UsageError(f"{self.name}: {length} bytes at {offset}: the disk has {geometry.size}")
 
     async def _run(self, io: Io) -> bytes | None:
-        if self._gone is not None:
-            raise self._gone
-        self._active[io] = self._loop.time() + self.timeout
-        if self._timer is None:
-            self._timer = self._loop.call_later(self.timeout / 4, self._look)
-        try:
-            self._queue.submit(io)
-            return await io.future
-        finally:
-            del self._active[io]
-
-    def _look(self) -> None:
-        """One timer a disk, not one an I/O: fail what is over its time."""
-        self._timer = None
-        now = self._loop.time()
-        if self._held_since is None:
-            for io, deadline in self._active.items():
-                if deadline <= now and not io.future.done():
-                    error = DeadlineError(f"{self.name}: {io.what()}", self._owed_by(), self.timeout)
-                    io.future.set_exception(error)
-        if self._active:
-            soonest = min(self._active.values())
-            self._timer = self._loop.call_later(min(max(soonest - now, 0.01), self.timeout / 4), self._look)
+        self._queue.submit(io)
+        return await io.future
 
     # -- for the driver alone
-
-    @property
-    def active(self) -> int:
-        """Calls that have not ended."""
-        return len(self._active)
 
     def now_connected(self, geometry: Geometry) -> None:
         self._geometry = geometry
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
-    def hold(self) -> None:
-        """The domain is being suspended: time does not count until `go_on`."""
-        if self._held_since is None:
-            self._held_since = asyncio.get_running_loop().time()
-
-    def go_on(self) -> None:
-        if self._held_since is None:
-            return
-        passed = asyncio.get_running_loop().time() - self._held_since
-        self._held_since = None
-        for io in self._active:
-            self._active[io] += passed
+    def overdue(self, io: Io, seconds: float) -> DeadlineError:
+        return DeadlineError(f"{self.name}: {io.what()}", self._owed_by(), seconds)
 
     def now_gone(self, error: Exception) -> None:
         """Every call that waits and every later one ends with this. The first error stays."""
-        if self._gone is None:
-            self._gone = error
+        self._queue.end(error)
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for io in self._active:
-            if not io.future.done():
-                io.future.set_exception(self._gone)
 
 
 class DiskFile:

@@ -68,7 +68,7 @@ class Xbd(XenbusDriver):
 
     def __init__(self, dev: XenbusDevice) -> None:
         super().__init__(dev)
-        self.queue = Queue(self._broken, self._grow)
+        self.queue = Queue(self._broken, self._grow, lambda io, seconds: self.disk.overdue(io, seconds))
         self.disk = Disk(dev.nameunit, self.queue, lambda: dev.otherend)
         self._handle = 0
         self._ring: FrontRing | None = None
@@ -97,7 +97,6 @@ class Xbd(XenbusDriver):
         """Nothing new goes out; what is in flight is waited for, since a back end that is slow to die could
         otherwise still write it after the next one has. What does not come goes out again after a resume."""
         self.queue.held = True
-        self.disk.hold()
         await self._drain(DRAIN_TIMEOUT)
 
     async def resume(self, cancelled: bool) -> None:
@@ -108,7 +107,6 @@ class Xbd(XenbusDriver):
             # Pages and channel went with the old life of this domain: there is nothing to give back.
             self._ring = self._pages = self._channel = None
         self.queue.held = False
-        self.disk.go_on()
         self.queue.pump()
 
     async def detach(self) -> None:
@@ -285,7 +283,6 @@ class Xbd(XenbusDriver):
         dev = self.dev
         self.disk.now_gone(why)
         connection = self.queue.disconnect()
-        self.queue.fail(why)
         channel, self._channel = self._channel, None
         if channel is not None:
             await dev.close_evtchn(channel)
@@ -304,7 +301,6 @@ class Xbd(XenbusDriver):
         """The back end put nonsense on the ring: nothing it says there is believed any more."""
         self.disk.now_gone(error)
         connection = self.queue.disconnect()
-        self.queue.fail(error)
         self.dev.spawn(self._give_up(error, connection), name=f"{self.dev.nameunit} gives up")
 
     async def _give_up(self, error: PeerError, connection: Connection | None) -> None:

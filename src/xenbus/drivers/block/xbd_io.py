@@ -22,9 +22,12 @@ from xenbus.drivers.block.blkif import (
     Op,
 )
 from xenbus.drivers.block.xbd_pool import Bin, Buffer, Pool
-from xenbus.errors import PeerError, XenbusError
+from xenbus.errors import PeerError, UsageError, XenbusError
 from xenbus.hypervisor.interface import Channel
 from xenbus.ring.shared import FrontRing
+
+DEFAULT_TIMEOUT: Final = 60.0
+TICKS: Final = 8
 
 READ: Final = int(Op.READ)
 WRITE: Final = int(Op.WRITE)
@@ -32,6 +35,7 @@ WRITE_BARRIER: Final = int(Op.WRITE_BARRIER)
 FLUSH: Final = int(Op.FLUSH_DISKCACHE)
 DISCARD: Final = int(Op.DISCARD)
 INDIRECT: Final = int(Op.INDIRECT)
+DIRECT_MAX: Final = BLKIF_MAX_SEGMENTS_PER_REQUEST * PAGE_SIZE  # bytes
 OP_NAMES: Final = {
     READ: "read",
     WRITE: "write",
@@ -55,22 +59,22 @@ class Io:
 
     offset, length: bytes. view: where the data is or goes; None for flush, discard, and a read that makes its
     own bytes (which are the future's result, or `view` after all where it took several requests).
-    buffer, indirect: of its one request. parts: set where it takes more than one.
+    buffer: of its one request. parts: set where it takes more than one. begun: the tick it was submitted in.
     """
 
-    __slots__ = ("buffer", "future", "indirect", "length", "offset", "op", "parts", "view")
+    __slots__ = ("begun", "buffer", "future", "length", "offset", "op", "parts", "view")
 
     def __init__(
-        self, op: int, offset: int, length: int, view: memoryview | None, loop: asyncio.AbstractEventLoop
+        self, op: int, offset: int, length: int, view: memoryview | None, future: asyncio.Future[bytes | None]
     ) -> None:
         self.op = op
         self.offset = offset
         self.length = length
         self.view = view
-        self.indirect = False
-        self.parts: Parts | None = None
+        self.future = future
         self.buffer: Buffer | None = None
-        self.future: asyncio.Future[bytes | None] = loop.create_future()
+        self.parts: Parts | None = None
+        self.begun = 0
 
     def what(self) -> str:
         if self.op == FLUSH:
@@ -108,14 +112,13 @@ class Span:
 class Part:
     """One of several requests: bytes [start, start + length) of its I/O."""
 
-    __slots__ = ("buffer", "indirect", "io", "length", "start")
+    __slots__ = ("buffer", "io", "length", "start")
 
     def __init__(self, io: Io, start: int, length: int, buffer: Buffer) -> None:
         self.io = io
         self.start = start
         self.length = length
-        self.buffer: Buffer | None = buffer
-        self.indirect = False
+        self.buffer = buffer
 
 
 class Connection:
@@ -125,7 +128,7 @@ class Connection:
     shadow:       what is in flight by id, oldest first (blkfronts call it so)
     """
 
-    __slots__ = ("abi", "channel", "free_ids", "handle", "max_segments", "pool", "ring", "shadow")
+    __slots__ = ("abi", "channel", "free_ids", "handle", "max_segments", "pack_one", "pool", "ring", "shadow")
 
     def __init__(
         self, ring: FrontRing, channel: Channel, abi: Abi, pool: Pool, max_segments: int, handle: int
@@ -133,6 +136,7 @@ class Connection:
         self.ring = ring
         self.channel = channel
         self.abi = abi
+        self.pack_one = abi.one.pack_into
         self.pool = pool
         self.max_segments = max_segments
         self.handle = handle & 0xFFFF
@@ -145,20 +149,29 @@ class Queue:
 
     on_broken: called once with what the back end did wrong; no more is read off that ring
     grow:      starts `pool.grow(bin)` as a task of the device, and calls `grown` when that is over
+    overdue:   the error for an I/O that took longer than `timeout` seconds
     """
 
     def __init__(
-        self, on_broken: Callable[[PeerError], None], grow: Callable[[Connection, Bin], None]
+        self,
+        on_broken: Callable[[PeerError], None],
+        grow: Callable[[Connection, Bin], None],
+        overdue: Callable[[Io, float], Exception],
     ) -> None:
         self._on_broken = on_broken
         self._grow = grow
+        self._overdue = overdue
         self._loop = asyncio.get_running_loop()
+        self._ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone: Exception | None = None
+        self.timeout = DEFAULT_TIMEOUT
         self._growing = False
         self._push_scheduled = False
         self._waiting: deque[Span] = deque()
         self._connection: Connection | None = None
         self.flush_op = FLUSH
-        self.held = False  # True: nothing new goes out (suspending)
+        self.held = False  # nothing new goes out, and time does not count: the domain is being suspended
         self.requests = dict.fromkeys(OP_NAMES, 0)
         self.errors = 0
         self.on_idle: Callable[[], None] | None = None
@@ -208,26 +221,75 @@ class Queue:
         connection.pool.release()
         return connection
 
-    def fail(self, error: Exception) -> None:
-        """Every I/O that still waits ends with this."""
-        connection = self._connection
+    def _pending(self) -> list[Io]:
+        """Every I/O that was not answered in full; some more than once."""
         pending = [span.io for span in self._waiting]
+        if self._connection is not None:
+            requests = self._connection.shadow.values()
+            pending += [found if isinstance(found, Io) else found.io for found in requests]
+        return pending
+
+    def fail(self, error: Exception) -> None:
+        """Every I/O that waits ends with this."""
+        pending = self._pending()
         self._waiting.clear()
-        if connection is not None:
-            pending += [found if isinstance(found, Io) else found.io for found in connection.shadow.values()]
         for io in pending:
             if not io.future.done():
                 io.future.set_exception(error)
+
+    def end(self, error: Exception) -> None:
+        """`fail`, and so does every later I/O. The first error stays."""
+        if self._gone is None:
+            self._gone = error
+        self.fail(self._gone)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def gone(self) -> Exception | None:
+        """Why there will be no more I/O, once that is so."""
+        return self._gone
+
+    def _tick(self) -> None:
+        """One timer a disk, not one an I/O: fail what is over its time, a TICKSth of it late at most."""
+        self._timer = None
+        pending = self._pending()
+        if not self.held:
+            self._ticks += 1
+            for io in pending:
+                if self._ticks - io.begun > TICKS and not io.future.done():
+                    io.future.set_exception(self._overdue(io, self.timeout))
+        if pending:
+            self._timer = self._loop.call_later(self.timeout / TICKS, self._tick)
 
     # -- requests
 
     def submit(self, io: Io) -> None:
         """Send it now if there is room, otherwise when there is. The future of `io` tells its end."""
+        if self._gone is not None:
+            raise self._gone
+        io.begun = self._ticks
+        if self._timer is None:
+            self._timer = self._loop.call_later(self.timeout / TICKS, self._tick)
         connection = self._connection
         issued = 0
         if connection is not None and connection.free_ids and not self._waiting and not self.held:
             idle = not connection.shadow
-            if io.op >= FLUSH:
+            if io.length == PAGE_SIZE and io.op < FLUSH and connection.pool.single.free:
+                # What `_issue_data` comes to for one page, which most I/O is.
+                buffer = io.buffer = connection.pool.single.free.pop()
+                if io.op != READ:
+                    assert io.view is not None
+                    buffer.view[:] = io.view
+                ident = connection.free_ids.pop()
+                connection.shadow[ident] = io
+                ring = connection.ring
+                at, sector, handle = ring.request_offset(), io.offset >> SECTOR_SHIFT, connection.handle
+                connection.pack_one(ring.slots, at, io.op, 1, handle, ident, sector, buffer.words[0])
+                ring.commit_request()
+                issued = PAGE_SIZE
+            elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
                 issued = io.length
             else:
@@ -316,15 +378,7 @@ class Queue:
             request = Part(io, start, length, buffer)
             io.split().inflight += 1
         connection.shadow[ident] = request
-        if length == PAGE_SIZE:
-            ring, word = connection.ring, buffer.words[0]
-            connection.abi.one.pack_into(
-                ring.slots, ring.request_offset(), op, 1, connection.handle, ident, sector, word
-            )
-            ring.commit_request()
-        else:
-            request.indirect = segments > BLKIF_MAX_SEGMENTS_PER_REQUEST
-            self._put_data(connection, buffer, op, length, ident, sector, segments)
+        self._put_data(connection, buffer, op, length, ident, sector, segments)
         return length
 
     @staticmethod
@@ -387,9 +441,10 @@ class Queue:
                     if request is None:
                         raise PeerError(f"a response for request {ident}, which is not in flight")
                     free_ids.append(ident)
-                    if isinstance(request, Io):
+                    if type(request) is Io:
                         self._answered(request, op, status)
                     else:
+                        assert isinstance(request, Part)
                         self._part_answered(request, op, status)
                 if self._waiting:
                     self.pump()
@@ -404,7 +459,7 @@ class Queue:
     def _answered(self, io: Io, op: int, status: int) -> None:
         """The answer to an I/O of one request."""
         if op != io.op:
-            self._check_op(io, io.indirect, op)
+            self._check_op(io, io.length, op)
         self.requests[io.op] += 1
         buffer, future = io.buffer, io.future
         if buffer is not None:
@@ -414,27 +469,31 @@ class Queue:
             return  # its caller went away: nobody touches that buffer any more
         if status:
             future.set_exception(self._error(io, status))
-        elif io.op != READ:
+        elif op != READ or buffer is None:
             future.set_result(None)
         else:
-            assert buffer is not None
-            data, length, view = buffer.view, io.length, io.view
+            data, length = buffer.view, io.length
             if length != len(data):
                 data = data[:length]
-            if view is None:
+            if io.view is None:
                 future.set_result(bytes(data))
             else:
-                view[:] = data
-                future.set_result(None)
+                try:
+                    io.view[:] = data
+                except ValueError as error:
+                    future.set_exception(
+                        UsageError(f"{io.what()}: {error}")
+                    )  # its caller released it meanwhile
+                else:
+                    future.set_result(None)
 
     def _part_answered(self, part: Part, op: int, status: int) -> None:
         io, buffer = part.io, part.buffer
         parts = io.split()
         if op != io.op:
-            self._check_op(io, part.indirect, op)
+            self._check_op(io, part.length, op)
         self.requests[io.op] += 1
         parts.inflight -= 1
-        assert buffer is not None
         buffer.bin.free.append(buffer)
         if io.future.done():
             return
@@ -448,11 +507,14 @@ class Queue:
             parts.left -= part.length
         self._settle(io, parts)
 
-    def _check_op(self, io: Io, indirect: bool, op: int) -> None:
+    def _check_op(self, io: Io, length: int, op: int) -> None:
         """PeerError. Of an indirect request Linux's blkback copies indirect_op, others the operation."""
         wanted = self.flush_op if io.op == FLUSH else io.op
-        if op != wanted and not (indirect and op == INDIRECT):
-            raise PeerError(f"the response to {io.what()} names operation {op}, it was {wanted}")
+        if op != wanted and not (length > DIRECT_MAX and op == INDIRECT):
+            error = PeerError(f"the response to {io.what()} names operation {op}, it was {wanted}")
+            if not io.future.done():
+                io.future.set_exception(error)
+            raise error
 
     def _error(self, io: Io, status: int) -> DiskError:
         self.errors += 1
