@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 
 import pytest
@@ -200,6 +201,25 @@ def test_what_a_supervisor_may_not_ask():
                 call()
         broker.destroy(9)
         assert broker.held(9) == Held(0, 0, 0)
+
+    run(test)
+
+
+@pytest.mark.parametrize("where", ["broker_handle.socket.socketpair", "broker_tables.sealed_memfd"])
+def test_a_domain_that_cannot_be_made_leaves_nothing(where, monkeypatch):
+    async def test(broker, zero, one):
+        def none_left(*_):
+            raise OSError(errno.EMFILE, "too many open files")
+
+        base = open_files()
+        with monkeypatch.context() as patch:
+            patch.setattr("xenbus.hypervisor." + where, none_left)
+            with pytest.raises(OSError, match="too many"):
+                broker.create(2)
+        assert broker.domids() == (0, 1) and open_files() == base
+        broker.create(2)
+        broker.handle(2).close()
+        await until(lambda: broker.domids() == (0, 1))
 
     run(test)
 
