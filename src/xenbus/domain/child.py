@@ -40,7 +40,12 @@ class Child:
             start_new_session=True,
         )
         self.pid = self._popen.pid
-        self._fd = os.pidfd_open(self.pid)
+        try:
+            self._fd = os.pidfd_open(self.pid)
+        except OSError:
+            self._popen.kill()
+            self._popen.wait()
+            raise
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._loop.add_reader(self._fd, self._reap)

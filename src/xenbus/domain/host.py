@@ -19,14 +19,16 @@ from pathlib import Path
 
 from xenbus.domain.child import STOP_DEADLINE, Child
 from xenbus.domain.layout import CONTROL_DOMAIN, HostLayout, check_name
-from xenbus.domain.rpc import Call, RpcServer
-from xenbus.errors import DeadlineError, UsageError, XenbusError
+from xenbus.domain.logs import keep_bounded, last_words
+from xenbus.domain.rpc import Call, RpcServer, check_socket_path
+from xenbus.errors import DeadlineError, LinkDown, UsageError, XenbusError
 from xenbus.hypervisor.broker import Broker
 from xenbus.hypervisor.interface import DOMID_FIRST_RESERVED
 
 log = logging.getLogger(__name__)
 
 START_DEADLINE = 20.0  # seconds until a process of ours has to be ready
+LOCK_PATIENCE = 10.0  # seconds that processes of a host that was killed have to end
 STORE = "xenstored"  # its name in logs; it has no domain of its own
 DOMAINS_MAX = 1000
 
@@ -79,6 +81,43 @@ class Domain:
         }
 
 
+@dataclass(slots=True)
+class _Starting:
+    """A process that was started and has yet to say "ready" on a pipe."""
+
+    name: str
+    child: Child
+    pipe: int
+    log: Path
+
+    async def ready(self) -> None:
+        """XenbusError with its last words if it ends instead; it does not live on after an error."""
+        try:
+            line = await self._first_line()
+        except BaseException:
+            await self.child.end(kill=True)
+            raise
+        if line.strip() != b"ready":
+            await self.child.end(kill=True)
+            raise XenbusError(f"{self.name} did not start: {last_words(self.log)}")
+
+    async def _first_line(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.pipe, "rb", buffering=0)
+        )
+        try:
+            async with asyncio.timeout(START_DEADLINE):
+                return await reader.readline()
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self.name} to be ready", f"its process; see {self.log}", START_DEADLINE
+            ) from None
+        finally:
+            transport.close()
+
+
 class Host:
     """One embedded host. `await start()`, then `await stop()`; between them the control socket is served."""
 
@@ -99,11 +138,12 @@ class Host:
         self._guest_module = guest_module
         self._verbose = verbose
         self._next_domid = 1
-        self._store: Child | None = None
+        self._store: _Starting | None = None
         self._watchers: set[asyncio.Task[None]] = set()
         self.failed = asyncio.Event()  # the store daemon or domain 0 ended by itself
         self.failure = ""
         self._stopping = False
+        self._lock: int | None = None
         self._rpc = RpcServer(
             {
                 "list": self._rpc_list,
@@ -124,22 +164,40 @@ class Host:
     async def start(self) -> None:
         """Store daemon and domain 0 up and ready. XenbusError with the log's last lines if not."""
         self.layout.make()
-        await self._refuse_second()
+        self._lock = await self._take_lock()
         try:
             await self._start()
         except BaseException:
             await self.stop()
             raise
 
-    async def _refuse_second(self) -> None:
+    async def _take_lock(self) -> int:
+        """UsageError if a host runs here. The processes of one that was killed are waited for: they see its
+        end and go, but a socket of theirs must not be in our way meanwhile, nor ours in theirs."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LOCK_PATIENCE
+        while True:
+            try:
+                return self.layout.lock()
+            except BlockingIOError:
+                if await self._somebody_answers():
+                    raise UsageError(f"{self.layout.root}: a host runs there already") from None
+                if loop.time() > end:
+                    raise DeadlineError(
+                        f"{self.layout.root}/lock", "a process of a host that was there before", LOCK_PATIENCE
+                    ) from None
+            await asyncio.sleep(0.02)
+
+    async def _somebody_answers(self) -> bool:
         try:
             _, writer = await asyncio.open_unix_connection(self.layout.host_socket)
         except OSError:
-            return
+            return False
         writer.close()
-        raise UsageError(f"{self.layout.root}: a host runs there already")
+        return True
 
     async def _start(self) -> None:
+        self._watch(keep_bounded(self.layout.root / "log"))
         control = Domain(0, CONTROL_DOMAIN)
         self.domains[0] = control
         self.broker.create(0)
@@ -149,79 +207,60 @@ class Host:
             arguments = ["--socket", str(self.layout.store_socket), "--broker-fd", str(handle.fileno())]
             for name, value in self.quotas.items():
                 arguments += ["--quota", f"{name}={value}"]
-            self._store = await self._spawn(STORE, "xenbus.xenstore.daemon", arguments, [handle.fileno()])
-        self._watch(self._store_ended(self._store))
+            self._store = self._spawn(STORE, "xenbus.xenstore.daemon", arguments, [handle.fileno()])
+        await self._store.ready()
+        self._watch(self._store_ended(self._store.child))
         await self._rpc.serve(self.layout.host_socket)
         with control_handle:
             await self._launch(control, self._control_module, control_handle.fileno())
 
     async def stop(self) -> None:
         """Guests first, then domain 0, then the store: nobody outlives what it stands on. Idempotent."""
-        self._stopping = True
+        self._stopping = True  # from here on nothing is created
         guests = [d.process for d in self.domains.values() if d.domid != 0 and d.process]
         await asyncio.gather(*(process.end() for process in guests))
         if (control := self.domains.get(0)) and control.process:
             await control.process.end()
         if self._store is not None:
-            await self._store.end()
+            await self._store.child.end()
         await self._rpc.close()
         for task in list(self._watchers):
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         await self.broker.close()
         self.domains.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     # -- processes -----------------------------------------------------------------------------------
 
-    async def _spawn(self, name: str, module: str, arguments: list[str], fds: list[int]) -> Child:
-        """Start `python -m module`; returns when it said that it is ready."""
+    def _spawn(self, name: str, module: str, arguments: list[str], fds: list[int]) -> _Starting:
+        """Start `python -m module`, which says when it is ready."""
         ready_read, ready_write = os.pipe()
-        log_file = self.layout.log(name).open("ab")
-        environment = os.environ | ({"XENBUS_LOG": "DEBUG"} if self._verbose else {})
         try:
-            process = Child(
-                [sys.executable, "-m", module, *arguments, "--ready-fd", str(ready_write)],
-                output=log_file,
-                pass_fds=[*fds, ready_write],
-                environment=environment,
-            )
+            with self.layout.log(name).open("ab") as log_file:
+                child = Child(
+                    [sys.executable, "-m", module, *arguments, "--ready-fd", str(ready_write)],
+                    output=log_file,
+                    pass_fds=[*fds, ready_write, *([self._lock] if self._lock is not None else [])],
+                    environment=os.environ | ({"XENBUS_LOG": "DEBUG"} if self._verbose else {}),
+                )
+        except OSError as error:
+            os.close(ready_read)
+            raise XenbusError(f"{name} did not start: {error}") from error
         finally:
             os.close(ready_write)
-            log_file.close()
-        try:
-            await self._await_ready(name, ready_read)
-        except BaseException:
-            await process.end(kill=True)
-            raise
-        return process
-
-    async def _await_ready(self, name: str, fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
-        )
-        try:
-            async with asyncio.timeout(START_DEADLINE):
-                line = await reader.readline()
-        except TimeoutError:
-            raise DeadlineError(
-                f"{name} to be ready", f"its process; see {self.layout.log(name)}", START_DEADLINE
-            ) from None
-        finally:
-            transport.close()
-        if line.strip() != b"ready":
-            raise XenbusError(f"{name} did not start: {self._last_words(name)}")
-
-    def _last_words(self, name: str) -> str:
-        lines = self.layout.log(name).read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"it said nothing in {self.layout.log(name)}"
+        return _Starting(name, child, ready_read, self.layout.log(name))
 
     async def _launch(self, domain: Domain, module: str, handle_fd: int) -> None:
         arguments = ["--broker-fd", str(handle_fd), "--name", domain.name, "--host", str(self.layout.root)]
         domain.state = DomainState.RUNNING
-        domain.process = await self._spawn(domain.name, module, arguments, [handle_fd])
-        self._watch(self._domain_ended(domain, domain.process))
+        starting = self._spawn(domain.name, module, arguments, [handle_fd])
+        # Known and watched from now on: it can be destroyed while it boots.
+        domain.process = starting.child
+        self._watch(self._domain_ended(domain, starting.child))
+        await starting.ready()
 
     def _watch(self, coroutine: object) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
@@ -235,11 +274,11 @@ class Host:
         domain.ended.set()
         log.info("domain %d (%s) ended: %s", domain.domid, domain.name, domain.reason)
         if domain.domid == 0:
-            self._fail(f"domain 0 ended: {domain.reason}: {self._last_words(domain.name)}")
+            self._fail(f"domain 0 ended: {domain.reason}: {last_words(self.layout.log(domain.name))}")
 
     async def _store_ended(self, process: Child) -> None:
         code = await process.wait()
-        self._fail(f"the store daemon ended ({_cause(code)}): {self._last_words(STORE)}")
+        self._fail(f"the store daemon ended ({_cause(code)}): {last_words(self.layout.log(STORE))}")
 
     def _fail(self, why: str) -> None:
         if not self._stopping:
@@ -253,7 +292,9 @@ class Host:
         if domain is None:
             return
         domain.state = DomainState.SHUTDOWN
-        if domain.process is not None:
+        if domain.process is None:
+            domain.ended.set()
+        else:
             self._watch(self._reap(domain.process))
 
     async def _reap(self, process: Child) -> None:
@@ -280,17 +321,26 @@ class Host:
         return domain
 
     async def _rpc_list(self, call: Call) -> object:
-        return [domain.describe() for domain in self.domains.values()]
+        return [self._describe(domain) for domain in self.domains.values()]
+
+    def _describe(self, domain: Domain) -> dict[str, object]:
+        """A domain parks itself when it likes, whether or not somebody waits for it."""
+        if domain.state is DomainState.RUNNING and self.broker.parked(domain.domid):
+            domain.state = DomainState.SUSPENDED
+        return domain.describe()
 
     async def _rpc_processes(self, call: Call) -> object:
         """pids by name, the supervisor's and the store's too: an operator's `ps`."""
         pids = {d.name: d.process.pid for d in self.domains.values() if d.process and d.alive}
-        return {"supervisor": os.getpid(), STORE: self._store.pid if self._store else None, **pids}
+        return {"supervisor": os.getpid(), STORE: self._store.child.pid if self._store else None, **pids}
 
     async def _rpc_create(self, call: Call) -> object:
         """A domain without a process: its ring page and store port exist, so that it can be introduced."""
         name = check_name(call.text("name"))
-        if any(domain.name == name for domain in self.domains.values()):
+        check_socket_path(self.layout.control_socket(name))
+        if self._stopping:
+            raise UsageError("the host is about to end")
+        if name == STORE or any(domain.name == name for domain in self.domains.values()):
             raise UsageError(f"{name}: a domain of that name exists")
         if len(self.domains) >= DOMAINS_MAX:
             raise UsageError(f"{DOMAINS_MAX} domains are the most that one host holds")
@@ -308,8 +358,9 @@ class Host:
 
     async def _rpc_unpause(self, call: Call) -> object:
         domain = self._guest(call)
-        if domain.state is not DomainState.PAUSED:
-            raise UsageError(f"domain {domain.domid} is {domain.state}, not paused")
+        if domain.state is not DomainState.PAUSED or self._stopping:
+            why = "the host is about to end" if self._stopping else f"it is {domain.state}, not paused"
+            raise UsageError(f"domain {domain.domid} can't be started: {why}")
         with self.broker.handle(domain.domid) as handle:
             await self._launch(domain, self._guest_module, handle.fileno())
         return domain.describe()
@@ -324,14 +375,17 @@ class Host:
 
     async def _rpc_wait_suspended(self, call: Call) -> object:
         domain = self._guest(call)
-        seconds = call.seconds("timeout", 30.0)
+        seconds = call.seconds("seconds", 30.0)
+        if not domain.alive:
+            raise UsageError(f"domain {domain.domid} ({domain.name}) is {domain.state}: it can't suspend")
         try:
             async with asyncio.timeout(seconds):
                 await self.broker.suspended(domain.domid)
         except TimeoutError:
             raise DeadlineError("the suspend", f"domain {domain.domid} ({domain.name})", seconds) from None
-        domain.state = DomainState.SUSPENDED
-        return domain.describe()
+        except LinkDown as error:
+            raise XenbusError(str(error)) from None  # the domain's end, not the host's
+        return self._describe(domain)
 
     async def _rpc_rebirth(self, call: Call) -> object:
         """A suspended domain gets another domid, as `xl restore` gives it; it stays suspended."""
@@ -353,13 +407,14 @@ class Host:
 
     def _suspended(self, call: Call) -> Domain:
         domain = self._guest(call)
+        self._describe(domain)
         if domain.state is not DomainState.SUSPENDED:
             raise UsageError(f"domain {domain.domid} is {domain.state}, not suspended")
         return domain
 
     async def _rpc_wait_ended(self, call: Call) -> object:
         domain = self._guest(call)
-        seconds = call.seconds("timeout", 30.0)
+        seconds = call.seconds("seconds", 30.0)
         try:
             async with asyncio.timeout(seconds):
                 await domain.ended.wait()

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 REQUEST_MAX = 1 << 20  # bytes of one request line
 REPLY_MAX = 64 << 20  # bytes of one reply line: a tree of 10 000 devices is a few MiB
 CONNECTIONS_MAX = 64
+CLOSE_DEADLINE = 5.0  # seconds for a connection to end: its calls, what they left open, its last reply
 IN_FLIGHT_MAX = 16
 SUN_PATH_MAX = 107  # sys/un.h: sun_path less its NUL
 # Names of the tasks that serve callers, so that who counts tasks need not count its own call.
@@ -100,6 +101,7 @@ class RpcServer:
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self._path: Path | None = None
+        self._inode = 0
 
     async def serve(self, path: Path) -> None:
         check_socket_path(path)
@@ -111,6 +113,7 @@ class RpcServer:
         finally:
             os.umask(before)
         self._path = path
+        self._inode = path.stat().st_ino
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) >= CONNECTIONS_MAX:
@@ -130,13 +133,21 @@ class RpcServer:
         if self._server is None:
             return
         self._server.close()
-        for connection in list(self._connections):
-            connection.writer.close()
-        await asyncio.gather(*(c.finished.wait() for c in list(self._connections)))
+        ending = [asyncio.ensure_future(c.finished.wait()) for c in self._connections]
+        for connection in self._connections:
+            connection.reader.feed_eof()  # as if the caller had gone
+        if ending:
+            _, late = await asyncio.wait(ending, timeout=CLOSE_DEADLINE)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("control socket: %d connections did not end", len(late))
         self._server = None
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+                # Not a successor's socket: ours may have been replaced already.
+                if self._path.stat().st_ino == self._inode:
+                    self._path.unlink()
 
 
 class _Connection:
@@ -169,10 +180,17 @@ class _Connection:
                     await action()
                 except Exception:
                     log.exception("control socket: clean-up after a caller failed")
-            self.writer.close()
-            with contextlib.suppress(ConnectionError):
-                await self.writer.wait_closed()
+            await self._hang_up()
             self.finished.set()
+
+    async def _hang_up(self) -> None:
+        """What was said is sent, to a caller who still reads."""
+        self.writer.close()
+        try:
+            async with asyncio.timeout(CLOSE_DEADLINE / 2):
+                await self.writer.wait_closed()
+        except (ConnectionError, TimeoutError):
+            self.writer.transport.abort()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._calls.discard(task)

@@ -16,7 +16,7 @@ from xenbus.bus.driver import drivers
 from xenbus.bus.front import FrontBus
 from xenbus.bus.xenbusb import XenBus
 from xenbus.domain.shutdown import ShutdownWatcher
-from xenbus.errors import DeadlineError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, XenbusError
 from xenbus.hypervisor.interface import GuestLife, Hypervisor, StartInfo
 from xenbus.newbus import Newbus
 from xenbus.newbus.runtime import wait_boot
@@ -50,10 +50,10 @@ def ring_store(life: GuestLife) -> StoreFactory:
 
 
 class DomainRuntime:
-    """`await start()`, `await wait()` until the domain ends, `await stop()`.
+    """`await start()`, `await ended`, `await stop()`.
 
-    life: given for a domain that can be suspended; it then obeys control/shutdown
-    ended: set with the reason, "poweroff", "reboot" or "lost"
+    life:  given for a domain that can be suspended; it then obeys control/shutdown
+    ended: its result is the reason: "poweroff", "reboot" or "lost"
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class DomainRuntime:
 
     @property
     def store(self) -> Client:
-        assert self._store is not None, "not started"
+        """LinkDown while there is none: before the start, after the end, in the middle of a restore."""
+        if self._store is None:
+            raise LinkDown(f"{self.name} is not connected to the store")
         return self._store
 
     async def start(self) -> None:
@@ -115,9 +117,13 @@ class DomainRuntime:
         self.end("lost")
 
     async def stop(self) -> None:
-        """Orderly: devices close, front ends first, then the store connection and what the handle holds."""
+        """Orderly: devices close, front ends first, then the store connection and what the handle holds.
+
+        A domain whose store or broker is lost has nobody to be orderly with.
+        """
         await self._shutdown.stop()
-        for bus in self.buses:
+        lost = self.ended.done() and self.ended.result() == "lost"
+        for bus in () if lost else self.buses:
             try:
                 async with asyncio.timeout(CLOSE_DEADLINE):
                     await bus.detach()
@@ -133,13 +139,21 @@ class DomainRuntime:
         log.info("suspending")
         for bus in self.buses:
             await bus.suspend()
-        result = await self.life.suspend()
+        result = await self.life.suspend()  # no deadline: it is the toolstack's to end
         if result.cancelled:
             log.info("suspend cancelled")
             for bus in self.buses:
                 await bus.resume(cancelled=True)
             return
         log.info("restored as domain %d", result.domid)
+        try:
+            await self._come_back()
+        except XenbusError as error:
+            # Without a store there is no domain: whoever waits for it hears of its end.
+            log.error("not restored: %s", error)
+            self.end("lost")
+
+    async def _come_back(self) -> None:
         old, self._store = self.store, None
         await old.close()
         self._store = await self._connect_store()

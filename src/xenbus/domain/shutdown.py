@@ -1,5 +1,6 @@
 """control/shutdown as a guest obeys it (FreeBSD sys/dev/xen/control/control.c; xenstore-paths): feature
-nodes, the acknowledgement, one handler a word. Knows the store alone; what a word does is handed in.
+nodes, the acknowledgement, one handler a word. Of Xen it knows the store alone; what a word does is
+handed in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from xenbus.errors import NoEntry, StoreError, XenbusError
+from xenbus.newbus.runtime import end_task
 from xenbus.xenstore.client import Client, Transaction, Watch
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,10 @@ class ShutdownWatcher:
         return word
 
     async def stop(self) -> None:
+        """Nothing is obeyed from now on; a word that is being obeyed is given up."""
+        if self._task is not None and self._task is not asyncio.current_task():
+            await end_task(self._task)
+        self._task = None
         if self._watch is not None and self._store is not None and not self._store.closed:
             await self._watch.close()
         self._watch = None

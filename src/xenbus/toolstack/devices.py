@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from xenbus.bus import XenbusState, parse_state
 from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError, XenbusError
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
-from xenbus.xenstore.client import Client, Transaction
+from xenbus.xenstore.client import Client, Transaction, Watch
 from xenbus.xenstore.wire import Access, Perm
 
 ATTACH_DEADLINE = 30.0  # seconds, as libxl waits for a device
 DETACH_DEADLINE = 10.0  # libxl's LIBXL_DESTROY_TIMEOUT
 
+_CLOSING = frozenset({XenbusState.CLOSING, XenbusState.CLOSED})
 _Changed = Callable[[float], Awaitable[bool]]
 
 
@@ -123,11 +124,13 @@ async def _directory(store: Client, path: str) -> list[str]:
 
 
 async def read_state(store: Client, node: str) -> XenbusState | None:
-    """A device directory's state; None if the node is gone or says nothing that is a state."""
+    """A device directory's state; None if the node is gone, UNKNOWN for what is no state."""
     try:
         return parse_state(await store.read(f"{node}/state"))
-    except (NoEntry, PeerError):
+    except NoEntry:
         return None
+    except PeerError:
+        return XenbusState.UNKNOWN
 
 
 async def _text(store: Client, path: str) -> str:
@@ -146,8 +149,7 @@ async def wait_connected(store: Client, paths: DevicePaths, timeout: float = ATT
             if back is front is XenbusState.CONNECTED:
                 return
             error = await _text(store, paths.back_error) or await _text(store, paths.front_error)
-            closed = {None, XenbusState.CLOSING, XenbusState.CLOSED}
-            if error or back in closed or front in closed:
+            if error or any(state is None or state in _CLOSING for state in (back, front)):
                 raise DeviceFailed(
                     error or f"{paths.front}: closed (back {_name(back)}, front {_name(front)})"
                 )
@@ -165,9 +167,9 @@ def _name(state: XenbusState | None) -> str:
 
 def _owes(paths: DevicePaths, back: XenbusState | None, front: XenbusState | None) -> str:
     """Whose turn it is in the handshake of blkif.h and netif.h: back 2, front 3 (or 4), back 4, front 4."""
-    if back in (None, XenbusState.INITIALISING):
+    if back in (None, XenbusState.UNKNOWN, XenbusState.INITIALISING):
         return f"the back end in domain {paths.back_domid} ({paths.back})"
-    if front in (None, XenbusState.INITIALISING, XenbusState.INIT_WAIT) or back is XenbusState.CONNECTED:
+    if front not in (XenbusState.INITIALISED, XenbusState.CONNECTED) or back is XenbusState.CONNECTED:
         return f"the front end in domain {paths.front_domid} ({paths.front})"
     return f"the back end in domain {paths.back_domid} ({paths.back})"
 
@@ -183,16 +185,7 @@ async def detach_device(
     if not await store.exists(paths.record) and not await store.exists(paths.front):
         raise UsageError(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
 
-    async def ask(tx: Transaction) -> None:
-        if await tx.exists(f"{paths.back}/state"):
-            await tx.write(f"{paths.back}/online", "0")
-            if parse_state(await tx.read(f"{paths.back}/state")) not in (
-                XenbusState.CLOSED,
-                XenbusState.CLOSING,
-            ):
-                await tx.write(f"{paths.back}/state", str(int(XenbusState.CLOSING)))
-
-    await store.transaction(ask)
+    await store.transaction(lambda tx: _ask_to_close(tx, paths))
     orderly = await wait_closed(store, paths, timeout)
     if not orderly and not force:
         back, front = await read_state(store, paths.back), await read_state(store, paths.front)
@@ -205,6 +198,18 @@ async def detach_device(
         )
     await remove_device(store, paths)
     return orderly
+
+
+async def _ask_to_close(tx: Transaction, paths: DevicePaths) -> None:
+    if not await tx.exists(f"{paths.back}/state"):
+        return
+    await tx.write(f"{paths.back}/online", "0")
+    try:
+        closing = parse_state(await tx.read(f"{paths.back}/state")) in _CLOSING
+    except PeerError:  # what is no state is overwritten: the device has to be got rid of
+        closing = False
+    if not closing:
+        await tx.write(f"{paths.back}/state", str(int(XenbusState.CLOSING)))
 
 
 async def wait_closed(store: Client, paths: DevicePaths, timeout: float) -> bool:
@@ -249,11 +254,15 @@ class _Watched:
         self._store = store
         self._paths = paths
         self._event = asyncio.Event()
+        self._watches: list[Watch] = []
 
     async def __aenter__(self) -> _Changed:
-        self._watches = [
-            await self._store.watch(path, lambda _path: self._event.set()) for path in self._paths
-        ]
+        try:
+            for path in self._paths:
+                self._watches.append(await self._store.watch(path, lambda _path: self._event.set()))
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self._wait
 
     async def _wait(self, seconds: float) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from xenbus.domain.host import DomainState
 from xenbus.domain.layout import HostLayout, check_name
 from xenbus.domain.rpc import RemoteError, RpcClient, is_missing
-from xenbus.errors import DeadlineError, NoEntry, StoreError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, StoreError, UsageError, XenbusError
 from xenbus.toolstack.devices import DeviceSpec, list_devices, remove_device, wait_closed, write_device
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_DEADLINE = 30.0  # seconds for a guest to obey control/shutdown
 FEATURE_DEADLINE = 5.0  # seconds for a guest to say what it obeys
 CLOSE_DEADLINE = 10.0  # seconds for back ends to let go of a dead guest's devices
+FORGET_ROUNDS = 10
+BURY_AGAIN = 5.0  # seconds until a burial that failed is tried again
 # The ring page's frame number means nothing: the daemon maps grant 1 (docs/misc/xenstore.txt, INTRODUCE).
 NO_GFN = 0
 
@@ -161,17 +163,20 @@ class Toolstack:
         except StoreError as error:
             if error.name not in {"ENOENT", "EINVAL"}:  # not introduced (any more)
                 raise
-        for path in (domain_path(domid), libxl_path(domid)):
-            try:
-                await self.store.rm(path)
-            except NoEntry:
-                pass
+        for _ in range(FORGET_ROUNDS):
+            if await self.store.transaction(lambda tx: _remove_domain(tx, domid)):
+                return
+            # Somebody attached a device meanwhile; once the name is gone nobody can.
+            await self._close_backends(await list_devices(self.store, domid))
+        raise XenbusError(f"domain {domid} is given devices faster than they can be taken away")
 
     async def _close_backends(self, devices: list[DeviceSpec]) -> None:
+        """All together, within one deadline; then their nodes go, closed or not."""
         for spec in devices:
             await self._mark_offline(spec.paths)
-        for spec in devices:
-            if not await wait_closed(self.store, spec.paths, CLOSE_DEADLINE):
+        waits = (wait_closed(self.store, spec.paths, CLOSE_DEADLINE) for spec in devices)
+        for spec, closed in zip(devices, await asyncio.gather(*waits), strict=True):
+            if not closed:
                 log.warning("%s: still not closed after %g s; removed", spec.paths.back, CLOSE_DEADLINE)
             await remove_device(self.store, spec.paths)
 
@@ -189,8 +194,13 @@ class Toolstack:
     async def shutdown(self, domid: int, reason: str, timeout: float = SHUTDOWN_DEADLINE) -> None:
         """Write control/shutdown and wait for the guest's acknowledgement (it empties the node).
 
-        `reason`: poweroff, reboot, suspend. UsageError if the guest does not say that it can.
+        `reason`: poweroff, reboot, suspend. UsageError if the guest does not say that it can, or is no guest.
         """
+        if domid == 0:
+            raise UsageError("domain 0 ends with its host")
+        info = await self.find(str(domid))
+        if info.state != DomainState.RUNNING:
+            raise UsageError(f"domain {domid} ({info.name}) is {info.state}: it can't obey {reason!r}")
         control = f"{domain_path(domid)}/control"
         feature = f"feature-{'poweroff' if reason == 'halt' else reason}"
         try:
@@ -205,17 +215,21 @@ class Toolstack:
             await self.store.wait_for(f"{control}/shutdown", lambda value: not value, timeout)
         except DeadlineError:
             # A request that nobody took must not be obeyed long after its sender gave up.
-            if await self._read(f"{control}/shutdown") == reason.encode():
-                await self.store.write(f"{control}/shutdown", "")
-            raise DeadlineError(
-                f"{reason!r} to be acknowledged", f"domain {domid} ({control}/shutdown)", timeout
-            ) from None
+            if await self._withdraw(f"{control}/shutdown", reason):
+                raise DeadlineError(
+                    f"{reason!r} to be acknowledged", f"domain {domid} ({control}/shutdown)", timeout
+                ) from None
 
-    async def _read(self, path: str) -> bytes:
-        try:
-            return await self.store.read(path)
-        except NoEntry:
-            return b""
+    async def _withdraw(self, path: str, reason: str) -> bool:
+        """False if the request was taken at the last moment."""
+
+        async def withdraw(tx: Transaction) -> bool:
+            waits = await tx.exists(path) and await tx.read(path) == reason.encode()
+            if waits:
+                await tx.write(path, "")
+            return waits
+
+        return await self.store.transaction(withdraw)
 
     async def poweroff(self, domid: int, timeout: float = SHUTDOWN_DEADLINE) -> None:
         """Orderly: the guest closes its devices and ends; then its traces go."""
@@ -231,8 +245,12 @@ class Toolstack:
 
     async def suspend(self, domid: int, timeout: float = SHUTDOWN_DEADLINE) -> DomainInfo:
         """Until the guest is parked in its suspend call."""
+        end = time.monotonic() + timeout
         await self.shutdown(domid, "suspend", timeout)
-        return DomainInfo(**await self.host.call("wait_suspended", domid=domid, timeout=timeout + 5.0))
+        seconds = max(0.1, end - time.monotonic())
+        return DomainInfo(
+            **await self.host.call("wait_suspended", domid=domid, seconds=seconds, timeout=seconds + 5.0)
+        )
 
     async def resume(self, domid: int) -> DomainInfo:
         """The suspend is cancelled: the guest goes on as if nothing had been."""
@@ -244,17 +262,23 @@ class Toolstack:
         if info.state != DomainState.SUSPENDED:
             raise UsageError(f"domain {domid} is {info.state}, not suspended")
         devices = await list_devices(self.store, domid)
-        if back_domid is not None:
-            await self.find(str(back_domid))
-        # One disk has one writer: the old back ends let go before the new ones open.
-        await self._close_backends(devices)
+        homes = {spec.paths.back_domid if back_domid is None else back_domid for spec in devices}
+        for home in homes if back_domid is None else homes | {back_domid}:
+            await self.find(str(home))
+        # From here on the guest is ours: of two restores, or a restore and a resume, one gets this far.
         made = await self.host.call("rebirth", domid=domid)
         new = made["domid"]
-        await self._forget(domid, [])
-        await self._introduce(new, info.name, made["store_port"])
-        for spec in devices:
-            await write_device(self.store, spec.rehomed(front_domid=new, back_domid=back_domid))
-        return DomainInfo(**await self.host.call("resume", domid=new))
+        try:
+            # One disk has one writer: the old back ends let go before the new ones open.
+            await self._forget(domid, devices)
+            await self._introduce(new, info.name, made["store_port"])
+            for spec in devices:
+                await write_device(self.store, spec.rehomed(front_domid=new, back_domid=back_domid))
+            return DomainInfo(**await self.host.call("resume", domid=new))
+        except BaseException:
+            log.error("domain %d (%s) could not be restored and is destroyed", new, info.name)
+            await self.destroy(new)
+            raise
 
     async def reboot(self, dead: int, name: str) -> DomainInfo:
         """What follows a guest's own reboot: it is made again, under another domid, with its devices."""
@@ -270,34 +294,61 @@ class Toolstack:
             return await connection.call(method, timeout=timeout, **params)
 
     async def bury_the_dead(self) -> list[DomainInfo]:
-        """Domains that ended by themselves: rebooted ones are made again, the others forgotten."""
-        done = []
-        for info in await self.domains():
-            if info.domid == 0 or info.state != DomainState.SHUTDOWN:
-                continue
+        """Domains that ended by themselves: rebooted ones are made again, the others forgotten.
+
+        Together, so that none waits for another's back ends. Raises what failed first, after all were tried.
+        """
+        dead = [info for info in await self.domains() if info.domid and info.state == DomainState.SHUTDOWN]
+        results = await asyncio.gather(*(self._bury(info) for info in dead), return_exceptions=True)
+        for info, result in zip(dead, results, strict=True):
+            if isinstance(result, BaseException):
+                log.warning("burying domain %d (%s): %s", info.domid, info.name, result)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return dead
+
+    async def _bury(self, info: DomainInfo) -> None:
+        try:
             # Its end is seen before its exit code, which tells a reboot from a crash.
             info = DomainInfo(**await self.host.call("wait_ended", domid=info.domid))
-            log.info("domain %d (%s) ended (%s)", info.domid, info.name, info.reason or "killed")
-            if info.reason == "reboot":
-                await self.reboot(info.domid, info.name)
-            else:
-                await self.destroy(info.domid)
-            done.append(info)
-        return done
+        except XenbusError as error:
+            if not is_missing(error):  # somebody else was faster
+                raise
+            return
+        log.info("domain %d (%s) ended (%s)", info.domid, info.name, info.reason or "killed")
+        if info.reason == "reboot":
+            await self.reboot(info.domid, info.name)
+        else:
+            await self.destroy(info.domid)
+
+
+async def _remove_domain(tx: Transaction, domid: int) -> bool:
+    """Every node of the domain, unless it has devices: they are closed first."""
+    record = f"{libxl_path(domid)}/device"
+    if await tx.exists(record) and await tx.directory(record):
+        return False
+    for path in (domain_path(domid), libxl_path(domid)):
+        if await tx.exists(path):
+            await tx.rm(path)
+    return True
 
 
 async def monitor(toolstack: Toolstack) -> None:
     """Until cancelled: whenever the store says that a domain went, clear up after it (xl's own daemon)."""
     wake = asyncio.Event()
     watch = await toolstack.store.watch("@releaseDomain", lambda _path: wake.set())
+    loop = asyncio.get_running_loop()
     try:
         while True:
             await wake.wait()
             wake.clear()
             try:
                 await toolstack.bury_the_dead()
-            except XenbusError as error:
-                log.warning("burying: %s", error)
+            except (XenbusError, OSError):
+                if toolstack.store.closed:
+                    raise
+                loop.call_later(BURY_AGAIN, wake.set)
     finally:
         if not toolstack.store.closed:
             await watch.close()
