@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from xenbus.toolstack.domains import Toolstack
     from xenbus.toolstack.paths import DevicePaths
 
+TAKE_BACK = 3.0  # seconds that both ends of a device that did not connect have to close
+
 
 @click.group("attach", short_help="Give a domain a device.")
 def command() -> None:
@@ -61,9 +63,8 @@ def block(
       xenbus attach block --domain guest --image 'nbd+unix:///?socket=/tmp/s' --dir /tmp/host
     """
     from xenbus.cli.hosts import with_toolstack
-    from xenbus.errors import XenbusError
     from xenbus.toolstack.block import DiskSpec
-    from xenbus.toolstack.devices import detach_device, wait_connected, write_device
+    from xenbus.toolstack.devices import wait_connected, write_device
 
     async def action(toolstack: Toolstack) -> DevicePaths:
         front, back = await toolstack.find(domain), await toolstack.find(backend)
@@ -75,11 +76,21 @@ def block(
         if not no_wait:
             try:
                 await wait_connected(toolstack.store, spec.paths, timeout)
-            except XenbusError:
-                await detach_device(toolstack.store, spec.paths, force=True)
+            except BaseException:
+                await _take_back(toolstack, spec.paths)
                 raise
         return spec.paths
 
     paths = with_toolstack(directory, action)
     data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
     emit(data, as_json, f"{device}: {paths.front}, served by {paths.back}")
+
+
+async def _take_back(toolstack: Toolstack, paths: DevicePaths) -> None:
+    from contextlib import suppress
+
+    from xenbus.errors import XenbusError
+    from xenbus.toolstack.devices import detach_device
+
+    with suppress(XenbusError):  # the domain may have gone, and its devices with it
+        await detach_device(toolstack.store, paths, timeout=TAKE_BACK, force=True)

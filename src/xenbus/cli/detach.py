@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=10.0, show_default=True, help="Seconds.")
 @click.argument("device", shell_complete=devices)
 def command(directory: Path | None, force: bool, timeout: float, device: str) -> None:
-    """Take DEVICE (`xbd0`, or `NAME/xbd0` where several domains have one) away: both ends close, then the
-    nodes go.
+    """Take DEVICE away: both ends close, then the nodes go. `xbd0`, or `NAME/xbd0` where several domains
+    have one, or `NAME/xvda`, which does without the guest's answer.
 
     \b
     Example:

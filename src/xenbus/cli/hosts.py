@@ -6,18 +6,20 @@ Imported by subcommands only once one runs: it brings asyncio along.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from xenbus.cli.context import need_dir
 from xenbus.domain.rpc import RemoteError
-from xenbus.errors import LinkDown, UsageError
+from xenbus.errors import LinkDown, UsageError, XenbusError
+from xenbus.toolstack.devices import list_devices
 from xenbus.toolstack.domains import DomainInfo, Toolstack
 from xenbus.toolstack.paths import DevicePaths
 
 T = TypeVar("T")
+PATIENCE = 5.0  # seconds that a domain has to answer
 
 
 def with_toolstack(directory: Path | None, action: Callable[[Toolstack], Coroutine[Any, Any, T]]) -> T:
@@ -30,16 +32,37 @@ def with_toolstack(directory: Path | None, action: Callable[[Toolstack], Corouti
     return asyncio.run(main())
 
 
+async def ask_all(
+    toolstack: Toolstack, infos: Iterable[DomainInfo], method: str, **params: object
+) -> dict[DomainInfo, Any]:
+    """What each domain answers, asked together, or the XenbusError that came of it.
+
+    One that ends meanwhile, or is not up yet, is left out; one that hangs costs PATIENCE, once for all.
+    """
+
+    async def ask(info: DomainInfo) -> Any:
+        try:
+            return await toolstack.ask(info.name, method, timeout=PATIENCE, **params)
+        except XenbusError as error:
+            return error
+
+    infos = [info for info in infos if info.state in ("running", "suspended")]
+    answers = await asyncio.gather(*(ask(info) for info in infos))
+    pairs = zip(infos, answers, strict=True)
+    return {info: answer for info, answer in pairs if not isinstance(answer, LinkDown)}
+
+
 async def trees(toolstack: Toolstack) -> dict[DomainInfo, dict[str, Any]]:
-    """Every running domain's tree; one that ends meanwhile is left out."""
-    found = {}
-    for info in await toolstack.domains():
-        if info.state in ("running", "suspended"):
-            try:
-                found[info] = await toolstack.ask(info.name, "tree")
-            except LinkDown:
-                continue
-    return found
+    """Every running domain's tree; `error` in it says why one has none."""
+    answers = await ask_all(toolstack, await toolstack.domains(), "tree")
+    return {info: _tree(info, answer) for info, answer in answers.items()}
+
+
+def _tree(info: DomainInfo, answer: Any) -> dict[str, Any]:
+    if not isinstance(answer, XenbusError):
+        return dict(answer)
+    words = f"does not answer: {answer}"
+    return {"domid": info.domid, "devices": [], "lines": [words], "error": words}
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,19 +86,40 @@ class FoundDevice:
 
 
 async def find_device(toolstack: Toolstack, name: str) -> FoundDevice:
-    """`xbd0`, or `guest/xbd0` where several domains have one. Not found, or UsageError naming the choices."""
+    """`xbd0`, or `guest/xbd0` where several domains have one; or as the toolstack knows it, `guest/xvda`,
+    which finds the device of a guest that does not answer, too. Not found, or UsageError naming the choices.
+    """
     wanted, _, unit = name.rpartition("/")
     found = []
     for info, tree in (await trees(toolstack)).items():
-        if wanted and wanted not in (info.name, str(info.domid)):
+        if not unit or (wanted and wanted not in (info.name, str(info.domid))):
             continue
-        found += [FoundDevice(info, device) for device in walk(tree["devices"]) if device["nameunit"] == unit]
+        recorded = await _recorded(toolstack, info, unit)
+        named = [
+            device
+            for device in walk(tree["devices"])
+            if recorded.pop(device.get("node"), None) or device["nameunit"] == unit
+        ]
+        found += [FoundDevice(info, device) for device in (*named, *recorded.values())]
     if not found:
         raise RemoteError("NotFound", f"no device {name!r}" + ("" if wanted else " in any domain"))
     if len(found) > 1:
         choices = ", ".join(f"{each.domain.name}/{unit}" for each in found)
         raise UsageError(f"{unit} is in several domains: {choices}")
     return found[0]
+
+
+async def _recorded(toolstack: Toolstack, info: DomainInfo, vdev: str) -> dict[str | None, dict[str, Any]]:
+    """By node, the devices that the toolstack gave to a domain under this name; as far as it knows them."""
+    return {
+        (node := f"device/{spec.paths.kind}/{spec.paths.devid}"): {
+            "nameunit": vdev,
+            "node": node,
+            "otherend": {"id": spec.paths.back_domid},
+        }
+        for spec in await list_devices(toolstack.store, info.domid)
+        if spec.back.get("dev") == vdev
+    }
 
 
 def walk(devices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -30,9 +30,9 @@ def command(directory: Path | None, as_json: bool, all_: bool, domain: str | Non
       xenbus sysctl dev.xbd.0.xenbus_connection_state --dir /tmp/host
       xenbus sysctl -a --domain guest --dir /tmp/host
     """
-    from xenbus.cli.hosts import with_toolstack
-    from xenbus.domain.rpc import RemoteError
-    from xenbus.errors import LinkDown, XenbusError
+    from xenbus.cli.hosts import ask_all, with_toolstack
+    from xenbus.domain.rpc import RemoteError, is_missing
+    from xenbus.errors import XenbusError
 
     if not all_ and not name:
         raise click.UsageError("which variable? Give a NAME, or -a")
@@ -42,14 +42,13 @@ def command(directory: Path | None, as_json: bool, all_: bool, domain: str | Non
     async def action(toolstack: Toolstack) -> dict[str, dict[str, object]]:
         found: dict[str, dict[str, object]] = {}
         wanted = [await toolstack.find(domain)] if domain else await toolstack.domains()
-        for info in wanted:
-            try:
-                found[info.name] = dict(await toolstack.ask(info.name, "sysctl", name=name or ""))
-            except LinkDown:
-                continue  # it ended meanwhile, or is suspended
-            except XenbusError as error:
-                if getattr(error, "kind", "") != "NotFound":
-                    raise
+        for info, answer in (await ask_all(toolstack, wanted, "sysctl", name=name or "")).items():
+            if not isinstance(answer, XenbusError):
+                found[info.name] = dict(answer)
+            elif domain and not is_missing(answer):
+                raise answer
+            elif not is_missing(answer):
+                click.echo(f"xenbus: {info.name} does not answer: {answer}", err=True)
         if name and not any(found.values()):
             raise RemoteError("NotFound", f"unknown oid {name!r}")
         return found

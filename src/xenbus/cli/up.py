@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from xenbus.cli.context import dir_option, need_dir
-from xenbus.errors import UsageError
 
 
 @click.command("up", short_help="Start a host: supervisor, store, domain 0.")
@@ -26,14 +25,12 @@ def command(directory: Path | None, quotas: tuple[str, ...], verbose: bool) -> N
     """
     import asyncio
 
-    asyncio.run(_up(need_dir(directory), dict(_quota(each) for each in quotas), verbose))
+    from xenbus.xenstore.engine import Quotas
 
-
-def _quota(text: str) -> tuple[str, int]:
-    name, _, value = text.partition("=")
-    if not name or not value.isdigit():
-        raise UsageError(f"--quota {text!r}: NAME=VALUE wanted, such as nodes=100000")
-    return name, int(value)
+    root = need_dir(directory)
+    Quotas.parse(list(quotas))  # a wrong one is told before anything runs
+    given = {name: int(value) for name, _, value in (each.partition("=") for each in quotas)}
+    asyncio.run(_up(root, given, verbose))
 
 
 async def _up(root: Path, quotas: dict[str, int], verbose: bool) -> None:
@@ -48,14 +45,18 @@ async def _up(root: Path, quotas: dict[str, int], verbose: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await host.start()
+    start = asyncio.create_task(host.start())
+    waits = {asyncio.create_task(stop.wait()), asyncio.create_task(host.failed.wait())}
     try:
-        click.echo("ready")
-        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(host.failed.wait())}
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
+        await asyncio.wait({start, *waits}, return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            await start
+            click.echo("ready")
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        for task in (start, *waits):
+            task.cancel()
+        await asyncio.gather(start, *waits, return_exceptions=True)
         await host.stop()
-    if host.failure:
+    if host.failure and not stop.is_set():
         raise XenbusError(host.failure)
