@@ -103,7 +103,7 @@ async def bytes_a_device(count):
 
 def test_bytes_a_device():
     """newbus and bus objects together: at most 2 KB a device (the driver and the store are not in it)."""
-    size = asyncio.run(bytes_a_device(100))
+    size = asyncio.run(bytes_a_device(50))
     print(f"{size:.0f} bytes a device")
     assert size <= 2048
 

@@ -10,7 +10,7 @@ import logging
 from xenbus.bus.device import XenbusDevice
 from xenbus.bus.state import Side, XenbusState
 from xenbus.bus.xenbusb import XenBus
-from xenbus.errors import StoreError
+from xenbus.errors import StoreError, XenbusError
 
 log = logging.getLogger("xenbus.bus")
 
@@ -61,5 +61,5 @@ class BackBus(XenBus):
         if dev.state is XenbusState.CLOSED and not await dev.online():
             try:
                 await dev.remove("hotplug-status")
-            except StoreError as exc:
+            except XenbusError as exc:
                 dev.log.warning("hotplug-status: %s", exc)

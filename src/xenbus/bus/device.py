@@ -7,19 +7,18 @@ client and the hypervisor's interface; the bus beneath it only as what finds, wa
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from collections.abc import Mapping as MappingT
 from typing import TYPE_CHECKING, Any
 
 from xenbus.bus.driver import XenbusDriver
+from xenbus.bus.error_nodes import ERROR_TEXT_MAX, Doing, errno_of
 from xenbus.bus.features import Negotiated
 from xenbus.bus.owned import Owned
 from xenbus.bus.state import Side, XenbusState, parse_state, strstate, usual_move
 from xenbus.errors import (
     DeadlineError,
-    HypervisorError,
     LinkDown,
     NoEntry,
     PeerError,
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
     from xenbus.bus.xenbusb import XenBus
 
 log = logging.getLogger("xenbus.bus")
-# Bytes of an error node's text: with its header it stays far below a guest's node size quota (2048).
-ERROR_TEXT_MAX = 1024
-
-
 # What may change below our own node that concerns the bus itself.
 OWN_EVENTS = frozenset({"", "/state", "/online"})
 
@@ -83,6 +78,8 @@ class XenbusDevice:
         "otherend_path",
         "otherend_state",
         "peer_watch",
+        "queued",
+        "queued_since",
         "since",
         "touched",
         "type",
@@ -110,6 +107,10 @@ class XenbusDevice:
         # above our node, which may mean that it was removed and made again since (see incarnation.py).
         self.born = born
         self.touched = born
+        # Seconds that our writes waited for a transaction's turn, and since when one is waiting now: with
+        # thousands of devices that is not the driver's fault, and not counted as its time.
+        self.queued = 0.0
+        self.queued_since = 0.0
         self._state = XenbusState.INITIALISING
         self._fatal = False
         self._lock: asyncio.Lock | None = None
@@ -214,15 +215,32 @@ class XenbusDevice:
                 if isinstance(reply, BaseException):
                     raise reply
 
-        await self.bus.transaction(write)
+        self.queued_since = self.bus.now()
+        try:
+            async with self.bus.slots:
+                self._turn()
+                await self.bus.transact(write)
+        finally:
+            self._turn()
+
+    def _turn(self) -> None:
+        if self.queued_since:
+            self.queued += self.bus.now() - self.queued_since
+            self.queued_since = 0.0
+
+    def queueing(self) -> float:
+        """Seconds that our writes have waited for their turn so far."""
+        return self.queued + (self.bus.now() - self.queued_since if self.queued_since else 0.0)
 
     async def wait_otherend(self, *states: XenbusState, timeout: float) -> XenbusState:
-        """Until the peer is in one of `states`; CLOSED at once if our node is gone. DeadlineError.
+        """Until the peer is in one of `states`; CLOSED at once if our node is gone. DeadlineError, LinkDown.
 
         For `detach` and spawned tasks: in `otherend_changed` it would wait for an event behind itself.
         """
         end = self.bus.now() + timeout
         while not self.gone and self.otherend_state not in states:
+            if self.store.closed:
+                raise LinkDown(f"{self.nameunit}: without the store the peer cannot be seen")
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters = (self._waiters or set()) | {waiter}
             try:
@@ -423,7 +441,7 @@ class XenbusDevice:
         text = str(what) or type(what).__name__
         self.log.error("%s", text)
         self.count("errors")
-        value = f"{_errno_of(what)} {text}".encode("utf-8", "surrogateescape")[:ERROR_TEXT_MAX]
+        value = f"{errno_of(what)} {text}".encode("utf-8", "surrogateescape")[:ERROR_TEXT_MAX]
         try:
             await self.bus.write_error(self.node, value)
         except (StoreError, LinkDown, DeadlineError) as exc:
@@ -436,7 +454,7 @@ class XenbusDevice:
             return
         self._fatal = True
         if doing:
-            await self.error(_Doing(what, doing))
+            await self.error(Doing(what, doing))
         else:
             await self.error(what)
         if self._state in (XenbusState.CLOSING, XenbusState.CLOSED):
@@ -536,14 +554,6 @@ class _Locked:
             self._dev._lock = None
 
 
-class _Doing(XenbusError):
-    """An error with what was being done: xenbus_dev_fatal(dev, err, "writing new state")."""
-
-    def __init__(self, what: BaseException | str, doing: str) -> None:
-        super().__init__(f"{doing}: {what}")
-        self.__cause__ = what if isinstance(what, BaseException) else None
-
-
 class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         return f"{(self.extra or {}).get('device')}: {msg}", kwargs
@@ -570,18 +580,3 @@ async def _optional(reading: Coroutine[Any, Any, str]) -> str | None:
 
 def _text(value: object) -> str:
     return str(int(value)) if isinstance(value, int) else str(value)
-
-
-def _errno_of(what: BaseException | str) -> int:
-    """The number before an error node's text: xenbus_dev_verror writes one, and tools show it."""
-    if isinstance(what, _Doing) and what.__cause__ is not None:
-        return _errno_of(what.__cause__)
-    if isinstance(what, DeadlineError):
-        return errno.ETIMEDOUT
-    if isinstance(what, PeerError):
-        return errno.EPROTO
-    if isinstance(what, HypervisorError):
-        return int(getattr(errno, what.name, errno.EIO))
-    if isinstance(what, (StoreError, OSError)):
-        return what.errno or errno.EIO
-    return errno.EIO

@@ -5,13 +5,16 @@ Knows the store's client alone.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 
-from xenbus.errors import NoEntry, XenbusError
+from xenbus.errors import DeadlineError, HypervisorError, NoEntry, PeerError, StoreError, XenbusError
 from xenbus.xenstore.client import Client, Transaction
 
 log = logging.getLogger("xenbus.bus")
+# Bytes of an error node's text: with its header it stays far below a guest's node size quota (2048).
+ERROR_TEXT_MAX = 1024
 Run = Callable[[Callable[[Transaction], Awaitable[None]]], Awaitable[None]]
 
 
@@ -57,3 +60,26 @@ async def _prune(tx: Transaction, path: str) -> None:
             await tx.rm(path)
     except NoEntry:
         return
+
+
+class Doing(XenbusError):
+    """An error with what was being done: xenbus_dev_fatal(dev, err, "writing new state")."""
+
+    def __init__(self, what: BaseException | str, doing: str) -> None:
+        super().__init__(f"{doing}: {what}")
+        self.__cause__ = what if isinstance(what, BaseException) else None
+
+
+def errno_of(what: BaseException | str) -> int:
+    """The number before an error node's text: xenbus_dev_verror writes one, and tools show it."""
+    if isinstance(what, Doing) and what.__cause__ is not None:
+        return errno_of(what.__cause__)
+    if isinstance(what, DeadlineError):
+        return errno.ETIMEDOUT
+    if isinstance(what, PeerError):
+        return errno.EPROTO
+    if isinstance(what, HypervisorError):
+        return int(getattr(errno, what.name, errno.EIO))
+    if isinstance(what, (StoreError, OSError)):
+        return what.errno or errno.EIO
+    return errno.EIO

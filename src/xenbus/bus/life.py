@@ -15,7 +15,7 @@ from xenbus.bus.device import DeviceGone, XenbusDevice
 from xenbus.bus.driver import XenbusDriver
 from xenbus.bus.peer import read_peer
 from xenbus.bus.state import WAITS_FOR, Side, XenbusState
-from xenbus.errors import DeadlineError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, XenbusError
 from xenbus.newbus import DeviceState, NoMatch
 from xenbus.newbus.runtime import end_task, within
 
@@ -45,7 +45,14 @@ class Suspend:
 async def call(dev: XenbusDevice, what: str, callback: Coroutine[Any, Any, None], seconds: float = 0) -> None:
     """One callback of the driver. DeadlineError if it takes longer than its deadline (or `seconds`)."""
     limit = seconds or (dev.driver.deadline if dev.driver is not None else None) or dev.bus.settings.callback
-    await within(limit, callback, f"{what} of {dev.nameunit or dev.node}", f"its driver's {what}()")
+    before = dev.queueing()
+    await within(
+        limit,
+        callback,
+        f"{what} of {dev.nameunit or dev.node}",
+        f"its driver's {what}()",
+        lambda: dev.queueing() - before,
+    )
 
 
 async def attempt(action: Coroutine[Any, Any, None]) -> Exception | None:
@@ -259,7 +266,7 @@ async def _await_peer(dev: XenbusDevice, end: float) -> None:
     try:
         states = WAITS_FOR[dev.side, XenbusState.CLOSING]
         await dev.wait_otherend(*states, timeout=max(end - dev.bus.now(), 0.0))
-    except DeadlineError as exc:
+    except (DeadlineError, LinkDown) as exc:
         dev.count("forced_detaches")
         dev.log.warning("detached by force: %s", exc)
 

@@ -101,7 +101,7 @@ class XenBus:
         self._index = Index(self.root, self.id_components)
         self.devices = self._index.devices
         self._loop = asyncio.get_running_loop()
-        self._slots = asyncio.Semaphore(self.settings.transactions)
+        self.slots = asyncio.Semaphore(self.settings.transactions)
         self._queue: dict[str, int] = {}
         self._retried: Counter[str] = Counter()
         self._mailbox = Mailbox(self.name, self._handle)
@@ -421,10 +421,14 @@ class XenBus:
         return life.handle(dev, event)
 
     async def transaction(self, function: Callable[[Transaction], Awaitable[T]]) -> T:
-        """At most `Settings.transactions` open at a time: a guest has 10 for everything. The client retries
-        EAGAIN alone, a bounded number of times, and aborts only what was started (B2, B5)."""
-        async with self._slots:
-            return await self.store.transaction(function, attempts=self.settings.attempts)
+        """One of at most `Settings.transactions` that are open at a time: a guest has 10 for everything."""
+        async with self.slots:
+            return await self.transact(function)
+
+    def transact(self, function: Callable[[Transaction], Awaitable[T]]) -> Awaitable[T]:
+        """With a slot held. The client retries EAGAIN alone, a bounded number of times, and aborts only what
+        was started (B2, B5)."""
+        return self.store.transaction(function, attempts=self.settings.attempts)
 
     async def check_incarnation(self, dev: XenbusDevice, tx: Transaction) -> None:
         """DeviceGone unless the node is still this device; the bus then looks for itself."""

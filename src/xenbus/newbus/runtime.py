@@ -113,17 +113,28 @@ class Mailbox:
         return task
 
 
-async def within(seconds: float, coroutine: Coroutine[Any, Any, T], what: str, owed_by: str) -> T:
-    """The coroutine's result; DeadlineError once `seconds` are over.
+async def within(
+    seconds: float,
+    coroutine: Coroutine[Any, Any, T],
+    what: str,
+    owed_by: str,
+    excused: Callable[[], float] | None = None,
+) -> T:
+    """The coroutine's result; DeadlineError once `seconds` are over, and as many as `excused()` says: time
+    that it had to wait for us, not we for it.
 
     Unlike asyncio.timeout it returns even if the coroutine swallows its cancellation: it is then left running
     (see `runaways`), because whoever waits here serves others too.
     """
     task = asyncio.ensure_future(coroutine)
+    now = task.get_loop().time
+    left, end = seconds, now() + seconds
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if done:
-            return task.result()
+        while left > 0:
+            done, _ = await asyncio.wait({task}, timeout=left)
+            if done:
+                return task.result()
+            left = end + excused() - now() if excused is not None else 0
     except asyncio.CancelledError:
         await end_task(task)
         raise
