@@ -12,16 +12,8 @@ from collections.abc import Callable
 from typing import Final
 
 from xenbus.drivers.block.blkif import SECTOR_SIZE
-from xenbus.drivers.block.xbd_io import (
-    DISCARD,
-    FLUSH,
-    READ,
-    WRITE,
-    WRITE_BARRIER,
-    DiskError,
-    Io,
-    Queue,
-)
+from xenbus.drivers.block.io import DISCARD, FLUSH, READ, WRITE, WRITE_BARRIER, DiskError, Io
+from xenbus.drivers.block.xbd_io import Queue
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 __all__ = ["Disk", "DiskError", "DiskFile", "Geometry"]
@@ -75,7 +67,6 @@ class Disk:
         self._owed_by = owed_by
         self._geometry: Geometry | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
         self.read_modify_write = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -141,7 +132,7 @@ class Disk:
             raise UsageError(f"{self.name}: {length} bytes in one read; use read_into")
         if not length:
             return b""
-        io = Io(READ, offset, length, None, self._loop.create_future())
+        io = Io(READ, offset, length, None)
         result = await self._run(io)
         return result if result is not None else bytes(io.view or b"")
 
@@ -158,16 +149,16 @@ class Disk:
             # The way of most I/O, written out: a cached page is read in less time than a coroutine costs.
             length = len(buffer)
             if length and not (offset | length) & geometry.mask and 0 <= offset <= geometry.size - length:
-                io = Io(READ, offset, length, buffer, self._loop.create_future())
+                io = Io(READ, offset, length, buffer)
                 self._queue.submit(io)
-                await io.future
+                await io
                 return
         with memoryview(buffer) as given, given.cast("B") as view:
             if view.readonly:
                 raise UsageError(f"{self.name}: read into a buffer that is read-only")
             await self._check(offset, len(view))
             if len(view):
-                await self._run(Io(READ, offset, len(view), view, self._loop.create_future()))
+                await self._run(Io(READ, offset, len(view), view))
 
     async def write(self, offset: int, data: Buffer, /) -> None:
         """The data must not change until this is over. On stable storage only after `flush`."""
@@ -187,7 +178,7 @@ class Disk:
         """What was written is on stable storage. Nothing to do for a back end that keeps no cache."""
         geometry = await self.connected()
         if geometry.flush or geometry.barrier:
-            await self._run(Io(FLUSH, 0, 0, None, self._loop.create_future()))
+            await self._run(Io(FLUSH, 0, 0, None))
 
     async def discard(self, offset: int, length: int, /) -> None:
         """Say that a range is of no use any more. Only whole granules of it are discarded, perhaps none.
@@ -202,7 +193,7 @@ class Disk:
         start = -(-(offset - shift) // grain) * grain + shift
         end = (offset + length - shift) // grain * grain + shift
         if start < end:
-            await self._run(Io(DISCARD, start, end - start, None, self._loop.create_future()))
+            await self._run(Io(DISCARD, start, end - start, None))
 
     def open(self) -> DiskFile:
         """A file-like view with a position, for any offset and length."""
@@ -213,7 +204,7 @@ class Disk:
             await self._check(offset, len(view))
             self._writable()
             if len(view):
-                await self._run(Io(op, offset, len(view), view, self._loop.create_future()))
+                await self._run(Io(op, offset, len(view), view))
 
     def _writable(self) -> Geometry:
         if self.geometry.readonly:
@@ -234,7 +225,7 @@ class Disk:
 
     async def _run(self, io: Io) -> bytes | None:
         self._queue.submit(io)
-        return await io.future
+        return await io
 
     # -- for the driver alone
 

@@ -19,106 +19,30 @@ from xenbus.drivers.block.blkif import (
     SECTOR_SIZE,
     SEGMENT_SIZE,
     Abi,
-    Op,
+)
+from xenbus.drivers.block.io import (
+    DIRECT_MAX,
+    DISCARD,
+    FLUSH,
+    INDIRECT,
+    OP_NAMES,
+    READ,
+    WRITE_BARRIER,
+    DiskError,
+    Io,
+    Part,
+    Parts,
+    Span,
 )
 from xenbus.drivers.block.xbd_pool import Bin, Buffer, Pool
-from xenbus.errors import PeerError, UsageError, XenbusError
+from xenbus.errors import PeerError, UsageError
 from xenbus.hypervisor.interface import Channel
 from xenbus.ring.shared import FrontRing
 
 DEFAULT_TIMEOUT: Final = 60.0
 TICKS: Final = 8
-
-READ: Final = int(Op.READ)
-WRITE: Final = int(Op.WRITE)
-WRITE_BARRIER: Final = int(Op.WRITE_BARRIER)
-FLUSH: Final = int(Op.FLUSH_DISKCACHE)
-DISCARD: Final = int(Op.DISCARD)
-INDIRECT: Final = int(Op.INDIRECT)
-DIRECT_MAX: Final = BLKIF_MAX_SEGMENTS_PER_REQUEST * PAGE_SIZE  # bytes
-OP_NAMES: Final = {
-    READ: "read",
-    WRITE: "write",
-    WRITE_BARRIER: "write with barrier",
-    FLUSH: "flush",
-    DISCARD: "discard",
-}
-
-
-class DiskError(XenbusError):
-    """The back end could not do an I/O. `name` is EIO, or EOPNOTSUPP where it does not know how."""
-
-    def __init__(self, name: str, what: str) -> None:
-        super().__init__(f"{what}: {name}")
-        self.name = name
-        self.what = what
-
-
-class Io:
-    """One call of a user, and, where one request carries all of it, that request too.
-
-    offset, length: bytes. view: where the data is or goes; None for flush, discard, and a read that makes its
-    own bytes (which are the future's result, or `view` after all where it took several requests).
-    buffer: of its one request. parts: set where it takes more than one. begun: the tick it was submitted in.
-    """
-
-    __slots__ = ("begun", "buffer", "future", "length", "offset", "op", "parts", "view")
-
-    def __init__(
-        self, op: int, offset: int, length: int, view: memoryview | None, future: asyncio.Future[bytes | None]
-    ) -> None:
-        self.op = op
-        self.offset = offset
-        self.length = length
-        self.view = view
-        self.future = future
-        self.buffer: Buffer | None = None
-        self.parts: Parts | None = None
-        self.begun = 0
-
-    def what(self) -> str:
-        if self.op == FLUSH:
-            return "flush"
-        return f"{OP_NAMES[self.op]} of {self.length} bytes at {self.offset}"
-
-    def split(self) -> Parts:
-        if self.parts is None:
-            self.parts = Parts(self.length)
-        return self.parts
-
-
-class Parts:
-    """An I/O of several requests. left: bytes not answered yet; inflight: requests on the ring."""
-
-    __slots__ = ("error", "inflight", "left")
-
-    def __init__(self, length: int) -> None:
-        self.left = length
-        self.inflight = 0
-        self.error: Exception | None = None
-
-
-class Span:
-    """Bytes of an I/O that must go out (again): [cursor, end)."""
-
-    __slots__ = ("cursor", "end", "io")
-
-    def __init__(self, io: Io, cursor: int, end: int) -> None:
-        self.io = io
-        self.cursor = cursor
-        self.end = end
-
-
-class Part:
-    """One of several requests: bytes [start, start + length) of its I/O."""
-
-    __slots__ = ("buffer", "io", "length", "start")
-
-    def __init__(self, io: Io, start: int, length: int, buffer: Buffer) -> None:
-        self.io = io
-        self.start = start
-        self.length = length
-        self.buffer = buffer
+# Times that one wake-up looks for more responses before the loop gets its turn.
+ROUNDS: Final = 8
 
 
 class Connection:
@@ -211,10 +135,11 @@ class Queue:
             else:
                 io, start, length = request.io, request.start, request.length
                 io.split().inflight -= 1
-            if io.future.done():
+            if io.over:
                 continue
             if io.parts is not None and io.parts.error is not None:
-                self._settle(io, io.parts)
+                if not io.parts.inflight:
+                    io.fail(io.parts.error)
                 continue
             self._waiting.appendleft(Span(io, start, start + length))
         connection.ring.release()
@@ -234,8 +159,8 @@ class Queue:
         pending = self._pending()
         self._waiting.clear()
         for io in pending:
-            if not io.future.done():
-                io.future.set_exception(error)
+            if not io.over:
+                io.fail(error)
 
     def end(self, error: Exception) -> None:
         """`fail`, and so does every later I/O. The first error stays."""
@@ -258,15 +183,15 @@ class Queue:
         if not self.held:
             self._ticks += 1
             for io in pending:
-                if self._ticks - io.begun > TICKS and not io.future.done():
-                    io.future.set_exception(self._overdue(io, self.timeout))
+                if self._ticks - io.begun > TICKS and not io.over:
+                    io.fail(self._overdue(io, self.timeout))
         if pending:
             self._timer = self._loop.call_later(self.timeout / TICKS, self._tick)
 
     # -- requests
 
     def submit(self, io: Io) -> None:
-        """Send it now if there is room, otherwise when there is. The future of `io` tells its end."""
+        """Send it now if there is room, otherwise when there is. Await `io` for its end."""
         if self._gone is not None:
             raise self._gone
         io.begun = self._ticks
@@ -294,9 +219,11 @@ class Queue:
                 issued = io.length
             else:
                 issued = self._issue_data(connection, io, 0, io.length)
-            if idle:
+            if self._push_scheduled:
+                pass
+            elif idle:
                 self._push()  # nothing is under way that would wake anybody up
-            elif not self._push_scheduled:
+            else:
                 # Whoever else gets its turn in this round of the loop shares the notification.
                 self._push_scheduled = True
                 self._loop.call_soon(self._push)
@@ -319,7 +246,7 @@ class Queue:
         while waiting and connection.free_ids:
             span = waiting[0]
             io = span.io
-            if io.future.done() or (io.parts is not None and io.parts.error is not None):
+            if io.over or (io.parts is not None and io.parts.error is not None):
                 waiting.popleft()
             elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
@@ -432,60 +359,93 @@ class Queue:
         connection = self._connection
         if connection is None:
             return
-        ring, unpack = connection.ring, connection.abi.response_slots.iter_unpack
-        shadow, free_ids = connection.shadow, connection.free_ids
+        rounds = 0
         try:
             while True:
-                for ident, op, status in unpack(ring.take_response_slots()):
-                    request = shadow.pop(ident, None)
-                    if request is None:
-                        raise PeerError(f"a response for request {ident}, which is not in flight")
-                    free_ids.append(ident)
-                    if type(request) is Io:
-                        self._answered(request, op, status)
-                    else:
-                        assert isinstance(request, Part)
-                        self._part_answered(request, op, status)
+                done = self._take(connection)
+                if done:
+                    self._wake(done)
+                    rounds += 1
                 if self._waiting:
                     self.pump()
-                if not ring.final_check_for_responses():
+                elif not self._push_scheduled:
+                    self._push()
+                if connection is not self._connection or not connection.ring.final_check_for_responses():
+                    break
+                if rounds >= ROUNDS:
+                    self._loop.call_soon(self.kick)
                     break
         except PeerError as error:
             self._on_broken(error)
             return
-        if not shadow and self.on_idle is not None:
+        if not connection.shadow and self.on_idle is not None:
             self.on_idle()
+
+    def _take(self, connection: Connection) -> list[Io]:
+        """Every response there is. Returns the I/Os that are over. PeerError."""
+        done: list[Io] = []
+        shadow, free_ids = connection.shadow, connection.free_ids
+        for ident, op, status in connection.abi.response_slots.iter_unpack(
+            connection.ring.take_response_slots()
+        ):
+            request = shadow.pop(ident, None)
+            if request is None:
+                self._wake(done)
+                raise PeerError(f"a response for request {ident}, which is not in flight")
+            free_ids.append(ident)
+            if type(request) is Io:
+                io = request
+                self._answered(io, op, status)
+            else:
+                assert isinstance(request, Part)
+                io = request.io
+                self._part_answered(request, op, status)
+            if io.over:
+                done.append(io)
+        return done
+
+    def _wake(self, done: list[Io]) -> None:
+        """Their callers go on. What they submit meanwhile shares one notification."""
+        if asyncio.current_task(self._loop) is not None:
+            for io in done:
+                self._loop.call_soon(io.wake)  # a task cannot be run from within another
+            return
+        scheduled, self._push_scheduled = self._push_scheduled, True
+        done.reverse()
+        try:
+            while done:
+                done.pop().wake()
+        finally:
+            self._push_scheduled = scheduled
+            for io in reversed(done):
+                self._loop.call_soon(io.wake)
 
     def _answered(self, io: Io, op: int, status: int) -> None:
         """The answer to an I/O of one request."""
         if op != io.op:
             self._check_op(io, io.length, op)
         self.requests[io.op] += 1
-        buffer, future = io.buffer, io.future
+        buffer = io.buffer
         if buffer is not None:
             io.buffer = None
             buffer.bin.free.append(buffer)  # nobody takes it before this is over
-        if future.done():
+        if io.over:
             return  # its caller went away: nobody touches that buffer any more
+        io.over = True
+        io.error = io.value = None
         if status:
-            future.set_exception(self._error(io, status))
-        elif op != READ or buffer is None:
-            future.set_result(None)
-        else:
-            data, length = buffer.view, io.length
-            if length != len(data):
-                data = data[:length]
+            io.error = self._error(io, status)
+        elif op == READ and buffer is not None:
+            data = buffer.view
+            if io.length != len(data):
+                data = data[: io.length]
             if io.view is None:
-                future.set_result(bytes(data))
+                io.value = bytes(data)
             else:
                 try:
                     io.view[:] = data
                 except ValueError as error:
-                    future.set_exception(
-                        UsageError(f"{io.what()}: {error}")
-                    )  # its caller released it meanwhile
-                else:
-                    future.set_result(None)
+                    io.error = UsageError(f"{io.what()}: {error}")  # its caller released it meanwhile
 
     def _part_answered(self, part: Part, op: int, status: int) -> None:
         io, buffer = part.io, part.buffer
@@ -495,7 +455,7 @@ class Queue:
         self.requests[io.op] += 1
         parts.inflight -= 1
         buffer.bin.free.append(buffer)
-        if io.future.done():
+        if io.over:
             return
         if status:
             parts.error = parts.error or self._error(io, status)
@@ -512,8 +472,8 @@ class Queue:
         wanted = self.flush_op if io.op == FLUSH else io.op
         if op != wanted and not (length > DIRECT_MAX and op == INDIRECT):
             error = PeerError(f"the response to {io.what()} names operation {op}, it was {wanted}")
-            if not io.future.done():
-                io.future.set_exception(error)
+            if not io.over:
+                io.fail(error)
             raise error
 
     def _error(self, io: Io, status: int) -> DiskError:
@@ -523,10 +483,10 @@ class Queue:
 
     @staticmethod
     def _settle(io: Io, parts: Parts) -> None:
-        """Tell the caller, once nothing of this I/O is on the ring any more."""
-        if parts.inflight or io.future.done():
+        """Over, once nothing of this I/O is on the ring any more."""
+        if parts.inflight or io.over:
             return
         if parts.error is not None:
-            io.future.set_exception(parts.error)
+            io.settle(parts.error)
         elif not parts.left:
-            io.future.set_result(None)
+            io.settle()
