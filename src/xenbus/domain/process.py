@@ -22,6 +22,7 @@ from xenbus.domain.runtime import DomainRuntime, ring_store
 from xenbus.domain.service import DomainService
 from xenbus.errors import XenbusError
 from xenbus.hypervisor.broker import BrokerHypervisor, connect
+from xenbus.hypervisor.polling import polling_loop
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ def main(
     given = options(arguments)
     set_up_logging()
     try:
-        return asyncio.run(run(given, make, around))
+        with asyncio.Runner(loop_factory=polling_loop) as runner:
+            return runner.run(run(given, make, around))
     except XenbusError as error:
         log.error("%s", error)
         return 1
