@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from xenbus.drivers.block.blkif import SECTOR_SIZE
-from xenbus.drivers.block.io import DISCARD, FLUSH, READ, WRITE, WRITE_BARRIER, DiskError, Io
+from xenbus.drivers.block.diskio import DISCARD, FLUSH, READ, WRITE, WRITE_BARRIER, DiskError, Io
 from xenbus.drivers.block.xbd_io import Queue
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 

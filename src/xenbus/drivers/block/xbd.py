@@ -13,7 +13,7 @@ from xenbus.bus import Feature, Merge, XenbusDevice, XenbusDriver, XenbusState, 
 from xenbus.bus.operations import Operation
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.disk import Disk, Geometry
-from xenbus.drivers.block.io import OP_NAMES, WRITE_BARRIER
+from xenbus.drivers.block.diskio import OP_NAMES, WRITE_BARRIER
 from xenbus.drivers.block.operations import DiskOperations
 from xenbus.drivers.block.xbd_io import Connection, Queue
 from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin, Pool

@@ -20,7 +20,7 @@ from xenbus.drivers.block.blkif import (
     SEGMENT_SIZE,
     Abi,
 )
-from xenbus.drivers.block.io import (
+from xenbus.drivers.block.diskio import (
     DIRECT_MAX,
     DISCARD,
     FLUSH,
