@@ -130,7 +130,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestEngine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 
 
 WORDS = st.sampled_from(
@@ -141,7 +141,7 @@ PAYLOAD = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 28), st.integers(0, 3), PAYLOAD), max_size=30))
 def test_whatever_is_sent_gets_one_reply_and_harms_nothing(requests: list) -> None:
     engine = Engine()
