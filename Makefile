@@ -17,12 +17,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
 
-# One environment a Python that this machine has, each with the whole suite.
+# Every Python from 3.11 on that this machine has, on the path or below pyenv: one environment and the whole suite each.
+PYTHONS := $(wildcard $(foreach v,11 12 13 14,$(HOME)/.pyenv/versions/3.$(v).*/bin/python3.$(v)))
 test-all:
-	@for v in 3.11 3.12 3.13 3.14; do \
-	  if command -v python$$v >/dev/null && python$$v -c 'import venv' 2>/dev/null; then \
-	    echo "== python$$v"; $(MAKE) --no-print-directory test PYTHON=python$$v VENV=.venv-$$v || exit 1; \
-	  else echo "== python$$v: not on this machine"; fi; done
+	@for python in python3.11 python3.12 python3.13 python3.14 $(PYTHONS); do \
+	  version=$$($$python -c 'import sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	  case " $$done " in *" $$version "*) continue;; esac; done="$$done $$version"; \
+	  echo "== Python $$version"; \
+	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	done; echo "passed on:$$done"
 
 check: lint
 	$(BIN)/python -m pytest -m 'not slow' -x
