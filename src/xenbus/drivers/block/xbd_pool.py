@@ -90,6 +90,7 @@ class Pool:
                 bins.append(Bin(64, min(slots, 16), 2))
             bins.append(Bin(max_segments, min(slots, 8), 1))
         self._bins = bins
+        self.single = bins[0]
         self._closed = False
 
     @property
