@@ -218,7 +218,8 @@ class Host:
         """Guests first, then domain 0, then the store: nobody outlives what it stands on. Idempotent."""
         self._stopping = True  # from here on nothing is created
         guests = [d.process for d in self.domains.values() if d.domid != 0 and d.process]
-        await asyncio.gather(*(process.end() for process in guests))
+        # Without store or domain 0 no guest can close its devices in order: it would wait for nobody.
+        await asyncio.gather(*(process.end(kill=bool(self.failure)) for process in guests))
         if (control := self.domains.get(0)) and control.process:
             await control.process.end()
         if self._store is not None:

@@ -121,8 +121,10 @@ class DomainRuntime:
 
         A domain whose store or broker is lost has nobody to be orderly with.
         """
-        await self._shutdown.stop()
         lost = self.ended.done() and self.ended.result() == "lost"
+        if lost and self._store is not None:
+            await self._store.close()  # nobody waits for an answer that can't come
+        await self._shutdown.stop()
         for bus in () if lost else self.buses:
             try:
                 async with asyncio.timeout(CLOSE_DEADLINE):
