@@ -24,7 +24,7 @@ from xenbus.bus.index import Index
 from xenbus.bus.ivars import child_sysctl
 from xenbus.bus.peer import refresh_own
 from xenbus.bus.state import Side, XenbusState, parse_state, strstate
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError
+from xenbus.errors import LinkDown, NoEntry, PeerError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.newbus import Device, Leaf, NoMatch, choose
 from xenbus.newbus.runtime import Mailbox, wait_boot
@@ -257,12 +257,14 @@ class XenBus:
             # B10: what is at or below a removed parent is looked at, each by itself.
             for node in known:
                 self._queue.setdefault(node, self.serial)
-        for found in await asyncio.gather(*(self._look(node) for node in nodes)):
-            self._apply(found)
-        if self._queue:
-            self._mailbox.post("scan")
-        else:
-            self._quiet.set()
+        try:
+            for found in await asyncio.gather(*(self._look(node) for node in nodes)):
+                self._apply(found)
+        finally:
+            if self._queue:
+                self._mailbox.post("scan")
+            else:
+                self._quiet.set()
 
     async def _enumerate(self) -> list[str]:
         """seed: xenbusb_enumerate_bus. A type that cannot be listed does not stop the rest."""
@@ -271,13 +273,13 @@ class XenBus:
             types = await self.store.directory(self.root)
         except NoEntry:
             return nodes
-        except (StoreError, DeadlineError, LinkDown) as exc:
+        except XenbusError as exc:
             log.warning("%s: %s", self.name, exc)
             return nodes
         for device_type in types:
             try:
                 nodes += await self.enumerate_type(device_type)
-            except (StoreError, DeadlineError, LinkDown) as exc:
+            except XenbusError as exc:
                 log.info("%s: type %s: %s", self.name, device_type, exc)
         return nodes
 
@@ -294,7 +296,7 @@ class XenBus:
         except LinkDown as exc:
             log.warning("%s: %s: %s", self.name, node, exc)
             return _Found(node, serial)
-        except (StoreError, DeadlineError) as exc:
+        except XenbusError as exc:
             # B9: not a sign of anything. The device stays, and is looked at again.
             self.counters["unreadable"] += 1
             log.warning("%s: %s: %s", self.name, node, exc)
@@ -492,7 +494,10 @@ class XenBus:
 
     def changed(self, dev: XenbusDevice, what: str) -> None:
         for callback in list(self._observers):
-            callback(dev, what)
+            try:
+                callback(dev, what)
+            except Exception:
+                log.exception("an observer of %s", self.name)
 
     # ---- suspend and resume ----
 
