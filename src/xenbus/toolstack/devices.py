@@ -224,27 +224,29 @@ async def wait_closed(store: Client, paths: DevicePaths, timeout: float) -> bool
 
 async def remove_device(store: Client, paths: DevicePaths) -> None:
     """Every node of the device: both halves, their error nodes, the record, and parents left empty."""
+    front, back = domain_path(paths.front_domid), domain_path(paths.back_domid)
+    # With the directories that the domain builder makes, which stay when they are empty.
+    nodes = (
+        (paths.back, f"{back}/backend"),
+        (paths.front, f"{front}/device"),
+        (paths.back_error.removesuffix("/error"), f"{back}/error"),
+        (paths.front_error.removesuffix("/error"), f"{front}/error"),
+        (paths.record, libxl_path(paths.front_domid)),
+    )
 
     async def remove(tx: Transaction) -> None:
-        errors = (paths.back_error.removesuffix("/error"), paths.front_error.removesuffix("/error"))
-        for path in (paths.back, paths.front, *errors, paths.record):
-            await _remove_upwards(tx, path)
+        for path, kept in nodes:
+            await _remove_upwards(tx, path, kept)
 
     await store.transaction(remove)
 
 
-# Directories that the domain builder makes and that stay while they are empty.
-_KEPT = frozenset({"device", "backend", "error"})
-
-
-async def _remove_upwards(tx: Transaction, path: str) -> None:
+async def _remove_upwards(tx: Transaction, path: str, kept: str) -> None:
     if not await tx.exists(path):
         return
     await tx.rm(path)
-    parent = path.rpartition("/")[0]
-    while parent.rpartition("/")[2] not in _KEPT and not await tx.directory(parent):
-        await tx.rm(parent)
-        parent = parent.rpartition("/")[0]
+    while (path := path.rpartition("/")[0]) != kept and not await tx.directory(path):
+        await tx.rm(path)
 
 
 class _Watched:
