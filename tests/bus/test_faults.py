@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 
 import pytest
 from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, ToyFront, one, settle, use, world
@@ -81,6 +83,44 @@ def test_a_callback_that_will_not_be_cancelled_holds_up_nobody(monkeypatch):
             await until(lambda: not guest.front.devices)
             Deaf.gate.set()
             await until(lambda: runaways() == 0)
+
+    asyncio.run(run())
+
+
+class Loops(Recorder):
+    @classmethod
+    def probe(cls, dev):
+        while True:
+            pass
+
+
+class Sleeps(Recorder):
+    @classmethod
+    def probe(cls, dev):
+        time.sleep(20)
+
+
+@pytest.mark.timeout(20, method="thread")  # or SIGALRM is the test runner's
+@pytest.mark.parametrize("driver", [Loops, Sleeps])
+def test_a_probe_that_hangs_is_ended_and_its_device_closed(driver):
+    """It blocks the loop, so it has a second at most; another driver may still take the device."""
+
+    async def run():
+        async with world() as w:
+            use(w, driver, None)
+            guest = await w.guest(1, Settings(probe=0.05, detach=0.05))
+            await guest.attach()
+            await w.plug()
+            await until(lambda: guest.front.counters["attach_failures"])
+            await until(lambda: not guest.front.devices)
+            assert await w.state(w.front_node("toy", 0)) == 6
+            text = await w.tool.read_str(f"/local/domain/1/error/{NODE}/error")
+            assert "probe of rec" in text and "waited 0.05 s" in text
+            use(w, Recorder, None)
+            await w.tool.write(f"{w.front_node('toy', 0)}/state", "1")
+            await until(lambda: guest.front.devices and guest.front.devices[NODE].device.attached)
+            assert type(guest.front.devices[NODE].driver) is Recorder
+            assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
     asyncio.run(run())
 

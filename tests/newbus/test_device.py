@@ -17,6 +17,7 @@ from xenbus.newbus import (
     Newbus,
     NoMatch,
     NoSuchName,
+    ProbeFailed,
     choose,
 )
 
@@ -85,9 +86,9 @@ def test_probe_priorities():
 def test_a_broken_probe_is_passed_over_and_not_taken_for_a_missing_driver():
     broken, good = driver("broken", RuntimeError("oops")), driver("good", -5)
     assert choose([broken, good], None) is good
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ProbeFailed, match=r"probe of broken: RuntimeError\('oops'\)"):
         choose([broken], None)
-    with pytest.raises(UsageError):
+    with pytest.raises(ProbeFailed, match="returned 6"):
         choose([driver("positive", 6)], None)
 
 

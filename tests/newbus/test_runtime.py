@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 
 import pytest
 from tests.support.until import until
 
 from xenbus.errors import DeadlineError
 from xenbus.newbus import BootHold
-from xenbus.newbus.runtime import Mailbox, runaways, wait_boot, within
+from xenbus.newbus.runtime import Mailbox, runaways, sync_limit, wait_boot, within
 
 
 def test_events_come_in_order_one_at_a_time_and_equal_ones_that_wait_are_one():
@@ -166,3 +167,20 @@ def test_wait_boot():
             await wait_boot(hold, 0.01)
 
     asyncio.run(run())
+
+
+@pytest.mark.timeout(20, method="thread")  # or SIGALRM is the test runner's
+def test_synchronous_code_that_does_not_end():
+    def forever():
+        while True:
+            pass
+
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DeadlineError, match="for a probe"), sync_limit(0.02, "a probe", "its driver"):
+        forever()
+    with sync_limit(0.02, "two probes", "their drivers"):
+        for _ in range(2):
+            with pytest.raises(DeadlineError):
+                forever()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before

@@ -27,7 +27,7 @@ from xenbus.bus.state import Side, XenbusState, parse_state, strstate
 from xenbus.errors import LinkDown, NoEntry, PeerError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.newbus import Device, Leaf, NoMatch, choose
-from xenbus.newbus.runtime import Mailbox, wait_boot
+from xenbus.newbus.runtime import Mailbox, sync_limit, wait_boot
 from xenbus.xenstore.client import Client, Transaction, Watch
 
 log = logging.getLogger("xenbus.bus")
@@ -42,6 +42,7 @@ RETRIES = (0.05, 0.5, 2.0)
 class Settings:
     """Deadlines in seconds, and what a bus may use of a guest's quotas.
 
+    probe:        all probes of one device, which block the loop while they run
     callback:     one callback of a driver (a driver's own `deadline` wins)
     detach:       an orderly detach in all, before it is forced
     boot:         how long one device holds boot
@@ -49,6 +50,7 @@ class Settings:
     attempts:     of one transaction that meets EAGAIN, with a growing pause between them
     """
 
+    probe: float = 1.0
     callback: float = 30.0
     detach: float = 10.0
     boot: float = 30.0
@@ -370,7 +372,8 @@ class XenBus:
             self.task(self._errors.clear(node))
         self._hold_boot(dev)
         try:
-            cls = choose(self.registry.candidates(self.side, dev.type), dev)
+            with sync_limit(self.settings.probe, f"probe of {node}", "its driver's probe()"):
+                cls = choose(self.registry.candidates(self.side, dev.type), dev)
             self.newbus.name(device, cls.name, cls.unit(dev), cls.description)
         except NoMatch:
             # Forgotten, and the store left alone: an emulated twin may share the backend.
@@ -379,7 +382,7 @@ class XenBus:
             self._forget(dev)
             return
         except Exception as exc:
-            log.exception("probe of %s", node)
+            log.exception("%s: no driver could be chosen", node)
             self.chosen[dev] = exc
         else:
             self.chosen[dev] = cls

@@ -58,6 +58,7 @@ from xenbus.newbus.driver import (
     Driver,
     Leaf,
     NoMatch,
+    ProbeFailed,
     choose,
 )
 from xenbus.newbus.sysctl import NoSuchName, Sysctl, leaves
@@ -78,6 +79,7 @@ __all__ = [
     "Newbus",
     "NoMatch",
     "NoSuchName",
+    "ProbeFailed",
     "Sysctl",
     "Token",
     "choose",

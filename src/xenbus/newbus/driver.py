@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from xenbus.errors import UsageError, XenbusError
+from xenbus.errors import XenbusError
 
 if TYPE_CHECKING:
     from xenbus.newbus.device import Device
@@ -29,6 +29,10 @@ Leaf = Callable[[], object]
 
 class NoMatch(XenbusError):
     """ENXIO of a probe: this driver (or, from `choose`, no driver at all) is for this device."""
+
+
+class ProbeFailed(XenbusError):
+    """A probe raised something besides NoMatch (its cause), or answered what is no priority."""
 
 
 class Probed(Protocol):
@@ -97,12 +101,12 @@ P = TypeVar("P", bound=Probed)
 def choose(candidates: Iterable[P], subject: object) -> P:
     """The best driver for a device: 0 at once, otherwise the highest bid; the earlier one of equals.
 
-    NoMatch if nobody bids. What a probe raises besides NoMatch is logged and its driver passed over; it is
-    raised only if no other driver bids, so that a broken driver is not taken for a missing one.
+    NoMatch if nobody bids. A probe that raises anything else is logged and its driver passed over;
+    ProbeFailed if no other driver bids, so that a broken driver is not taken for a missing one.
     """
     best: P | None = None
     highest = 0
-    failure: Exception | None = None
+    failure: ProbeFailed | None = None
     for driver in candidates:
         try:
             bid = driver.probe(subject)
@@ -110,10 +114,12 @@ def choose(candidates: Iterable[P], subject: object) -> P:
             continue
         except Exception as exc:
             log.exception("probe of %s failed", driver.name)
-            failure = failure or exc
+            if failure is None:
+                failure = ProbeFailed(f"probe of {driver.name}: {exc!r}")
+                failure.__cause__ = exc
             continue
-        if bid > 0:
-            failure = failure or UsageError(f"probe of {driver.name} returned {bid}, not 0 or below")
+        if not isinstance(bid, int) or bid > 0:
+            failure = failure or ProbeFailed(f"probe of {driver.name} returned {bid!r}, not 0 or below")
         elif bid == 0:
             return driver
         elif best is None or bid > highest:

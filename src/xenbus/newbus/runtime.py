@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from xenbus.errors import DeadlineError
@@ -142,6 +145,36 @@ async def within(
     if task.done() and not task.cancelled() and task.exception() is None:
         return task.result()
     raise DeadlineError(what, owed_by, seconds)
+
+
+@contextmanager
+def sync_limit(seconds: float, what: str, owed_by: str) -> Iterator[None]:
+    """DeadlineError inside synchronous code that does not end (a loop, a blocking call), again every
+    `seconds`.
+
+    By SIGALRM, the one thing that reaches code that never returns to the loop. So it needs the main thread
+    and nobody else's SIGALRM; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) not in (
+        signal.SIG_DFL,
+        signal.SIG_IGN,
+    ):
+        yield
+        return
+    limited = True
+
+    def too_long(signum: int, frame: object) -> None:
+        if limited:
+            raise DeadlineError(what, owed_by, seconds)
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        limited = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 async def end_task(task: asyncio.Task[Any], grace: float | None = None) -> None:
