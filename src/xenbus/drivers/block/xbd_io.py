@@ -41,8 +41,11 @@ from xenbus.ring.shared import FrontRing
 
 DEFAULT_TIMEOUT: Final = 60.0
 TICKS: Final = 8
-# Times that one wake-up looks for more responses before the loop gets its turn.
+# Responses that are taken at a time, and how often in one wake-up before the loop gets its turn. Long
+# ones one by one: their callers' next requests keep the back end busy while the next is copied.
+BATCH: Final = 16
 ROUNDS: Final = 8
+BULKY: Final = 128 << 10
 
 
 class Connection:
@@ -90,6 +93,7 @@ class Queue:
         self._timer: asyncio.TimerHandle | None = None
         self._gone: Exception | None = None
         self.timeout = DEFAULT_TIMEOUT
+        self._bulky = False
         self._growing = False
         self._push_scheduled = False
         self._waiting: deque[Span] = deque()
@@ -382,17 +386,19 @@ class Queue:
             self.on_idle()
 
     def _take(self, connection: Connection) -> list[Io]:
-        """Every response there is. Returns the I/Os that are over. PeerError."""
+        """Some responses. Returns the I/Os that are over. PeerError."""
         done: list[Io] = []
+        slots = connection.ring.take_response_slots(1 if self._bulky else BATCH)
+        self._bulky = False
         shadow, free_ids = connection.shadow, connection.free_ids
-        for ident, op, status in connection.abi.response_slots.iter_unpack(
-            connection.ring.take_response_slots()
-        ):
+        for ident, op, status in connection.abi.response_slots.iter_unpack(slots):
             request = shadow.pop(ident, None)
             if request is None:
                 self._wake(done)
                 raise PeerError(f"a response for request {ident}, which is not in flight")
             free_ids.append(ident)
+            if request.length >= BULKY:
+                self._bulky = True
             if type(request) is Io:
                 io = request
                 self._answered(io, op, status)
