@@ -6,14 +6,25 @@ import asyncio
 import gc
 
 import pytest
-from tests.support import split
-from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, ToyFront, one, settle, use, world
+from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, one, settle, use, world
 from tests.support.tap import Tap
+from tests.support.troubled import (
+    Careful,
+    ClosesItself,
+    Contrary,
+    FailsToDetach,
+    Hesitates,
+    NeverDetaches,
+    Slow,
+    Together,
+    WaitsForPeer,
+    replace,
+)
 from tests.support.until import until
 
 from xenbus.bus import Settings, XenbusDevice, parse_state
 from xenbus.errors import Conflict, NoEntry, PeerError, StoreError
-from xenbus.newbus import Newbus, NoMatch
+from xenbus.newbus import Newbus
 from xenbus.xenstore.wire.message import Op
 
 
@@ -75,7 +86,6 @@ def test_B3_a_boot_hold_has_a_deadline():
             guest, dev = await one(w, settings=Settings(boot=0.05))
             assert await guest.front.wait_boot(5) == [NODE]
             await dev.set_state(S.CLOSED)  # its token is gone: nothing is released twice
-
             await w.plug(devid=1)  # and without anybody waiting
             await until(lambda: "device/toy/1" in guest.front.devices)
             await until(lambda: guest.tree.boot.clear)
@@ -185,16 +195,6 @@ def test_B7_early_exits_of_add_device_leave_nothing():
     asyncio.run(run())
 
 
-class WaitsForPeer(ToyFront):
-    """A front end whose detach waits for its back end, as a disk must."""
-
-    async def detach(self):
-        await super().detach()
-        self.ds = self.dev.device.state.name
-        await self.dev.set_state(S.CLOSING)
-        self.answer = await self.dev.wait_otherend(S.CLOSED, timeout=5)
-
-
 def test_B8_a_detach_may_wait_for_its_peer():
     """delete_child: in an orderly detach the peer's events go on."""
 
@@ -219,16 +219,6 @@ def test_B8_a_detach_may_wait_for_its_peer():
             assert await w.state(w.front_node("toy", 0)) == 6
 
     asyncio.run(run())
-
-
-class NeverDetaches(ToyFront):
-    async def detach(self):
-        await asyncio.Event().wait()
-
-
-class FailsToDetach(ToyFront):
-    async def detach(self):
-        raise RuntimeError("busy")
 
 
 @pytest.mark.parametrize("driver", [NeverDetaches, FailsToDetach])
@@ -388,18 +378,6 @@ def test_B12_a_property_concerns_its_own_device_alone():
     asyncio.run(run())
 
 
-class Together(Recorder):
-    """Resumes only when all three are resuming; the second one fails."""
-
-    barrier: asyncio.Barrier
-
-    async def resume(self, cancelled):
-        await super().resume(cancelled)
-        await self.barrier.wait()
-        if self.dev.id == "1":
-            raise RuntimeError("no resume here")
-
-
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_B13_resume_is_together_and_one_failure_stops_no_other(cancelled):
     async def run():
@@ -478,15 +456,6 @@ def test_B15_prefixes_are_whole_components():
     asyncio.run(run())
 
 
-class Slow(ToyFront):
-    gate: asyncio.Event
-
-    async def otherend_changed(self, state):
-        if self.dev.id == "0":
-            await self.gate.wait()
-        await super().otherend_changed(state)
-
-
 def test_B16_a_slow_driver_stalls_nobody_else():
     async def run():
         async with world() as w:
@@ -505,16 +474,6 @@ def test_B16_a_slow_driver_stalls_nobody_else():
             await until(lambda: first.state is S.CONNECTED)
 
     asyncio.run(run())
-
-
-class Careful(Recorder):
-    async def otherend_changed(self, state):
-        await super().otherend_changed(state)
-        if state is S.INIT_WAIT:
-            try:
-                await self.dev.set_state(S.INITIALISED)
-            except StoreError as exc:
-                self.heard.append(("raised", exc.name))
 
 
 def test_B16_a_driver_hears_of_its_failing_state_write():
@@ -542,24 +501,9 @@ def test_B16_a_watch_that_is_refused_fails_the_attach():
             await until(lambda: not guest.front.devices)
             assert await w.state(w.front_node("toy", 0)) == 6
             assert "E2BIG" in await w.tool.read_str(f"/local/domain/1/error/{NODE}/error")
-            assert split.made[-1].heard == [("attach",), ("detach",)]
+            assert made[-1].heard == [("attach",), ("detach",)]
 
     asyncio.run(run())
-
-
-class Contrary(Recorder):
-    """Fails to attach, every other one; others have no driver."""
-
-    @classmethod
-    def probe(cls, dev):
-        if dev.id.endswith("2"):
-            raise NoMatch("not mine")
-        return 0
-
-    async def attach(self):
-        await asyncio.sleep(0)
-        if int(self.dev.id) % 2:
-            raise RuntimeError("will not")
 
 
 def test_B17_one_task_changes_the_tree(monkeypatch):
@@ -593,26 +537,6 @@ def test_B17_one_task_changes_the_tree(monkeypatch):
     assert tasks == {(name, "xenbusb_front") for name in ("add_child", "name", "delete")}
 
 
-async def replace(w, **keys):
-    """The node goes and another device comes in its place, in one transaction: one event."""
-    fnode, bnode = w.front_node("toy", 0), w.back_node("toy", 0)
-
-    async def write(tx):
-        await tx.rm(fnode)
-        await tx.mkdir(fnode)
-        await tx.set_perms(fnode, ["n1", "r0"])
-        for key, value in ({"backend": bnode, "backend-id": "0", "state": "1"} | keys).items():
-            await tx.write(f"{fnode}/{key}", value)
-
-    await w.tool.transaction(write)
-
-
-class ClosesItself(Recorder):
-    async def detach(self):
-        await super().detach()
-        self.heard.append(("closed", await self.dev.set_state(S.CLOSED)))
-
-
 @pytest.mark.parametrize("state", [S.INITIALISING, S.INITIALISED, S.CONNECTED, S.CLOSED])
 def test_B18_a_node_made_again_is_another_device(state):
     """verify_device: the old one is detached, the new one attached, and untouched by the old one's end."""
@@ -637,19 +561,6 @@ def test_B18_a_node_made_again_is_another_device(state):
             await watch.close()
 
     asyncio.run(run())
-
-
-class Hesitates(Recorder):
-    """Connects after the node was made again behind its back."""
-
-    async def otherend_changed(self, state):
-        await super().otherend_changed(state)
-        if state is S.INIT_WAIT and self.between is not None:
-            between, Hesitates.between = self.between, None
-            await between()
-            self.heard.append(("wrote", await self.dev.set_state(S.INITIALISED, {"ring-ref": 8})))
-
-    between = None
 
 
 @pytest.mark.parametrize("gone", [True, False])
