@@ -367,8 +367,10 @@ def test_a_front_that_never_closes_is_forced(path):
     async def check(r, front):
         back_dev = r.back_dev
         front.closes = False
+        storage = r.back._storage
         back_dev.request_detach()
         await until(lambda: not r.dom0.back.devices, 8)
+        assert storage._closing
         assert not any(back_dev.counts().values())
 
     with_raw_front(path, check)

@@ -150,6 +150,20 @@ def test_garbage_on_the_ring_ends_the_device_with_a_word_on_it(what):
     with_raw_back(check)
 
 
+def test_what_was_answered_before_the_nonsense_is_answered():
+    async def check(r, back):
+        disk = r.disk
+        reads = [asyncio.ensure_future(disk.read(n * 512, 512)) for n in range(3)]
+        idents = [ident_of(back, raw) for raw in await back.asked(3)]
+        back.ring.put_response(back.abi.response.pack(idents[0], Op.READ, OKAY))
+        back.answer(idents[1], Op.WRITE, OKAY)
+        ends = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5)
+        assert isinstance(ends[0], bytes)
+        assert isinstance(ends[1], PeerError) and isinstance(ends[2], PeerError)
+
+    with_raw_back(check)
+
+
 PROPERTIES = {
     "no size": ({"sector-size": 512, "info": 0}, "sectors"),
     "a size that is none": ({"sectors": "lots"}, "sectors"),

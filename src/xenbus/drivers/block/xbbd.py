@@ -77,7 +77,11 @@ class Xbbd(XenbusDriver):
         self._discard = storage.discards and not storage.readonly
         if self._discard and await self.dev.read_opt("discard-enable") == "0":
             self._discard = False
-        await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
+        try:
+            await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
+        except BaseException:
+            await self._close_storage()  # a device that was not attached is not detached
+            raise
 
     async def otherend_changed(self, state: XenbusState) -> None:
         act = self._states.get(state)
@@ -105,14 +109,19 @@ class Xbbd(XenbusDriver):
 
     async def detach(self) -> None:
         dev = self.dev
-        if not dev.gone and dev.state is not XenbusState.CLOSED:
+        try:
+            if not dev.gone and dev.state is not XenbusState.CLOSED:
+                try:
+                    await dev.set_state(XenbusState.CLOSING)
+                    await dev.wait_otherend(XenbusState.CLOSED, timeout=DETACH_TIMEOUT)
+                except DeadlineError as error:
+                    dev.log.warning("detached by force: %s", error)
+        finally:
+            # Also when the bus's deadline ended it: the file must not stay open.
             try:
-                await dev.set_state(XenbusState.CLOSING)
-                await dev.wait_otherend(XenbusState.CLOSED, timeout=DETACH_TIMEOUT)
-            except DeadlineError as error:
-                dev.log.warning("detached by force: %s", error)
-        await self._disconnect()
-        await self._close_storage()
+                await self._disconnect()
+            finally:
+                await self._close_storage()
         if not dev.gone:
             await dev.set_state(XenbusState.CLOSED)
 

@@ -391,23 +391,26 @@ class Queue:
         slots = connection.ring.take_response_slots(1 if self._bulky else BATCH)
         self._bulky = False
         shadow, free_ids = connection.shadow, connection.free_ids
-        for ident, op, status in connection.abi.response_slots.iter_unpack(slots):
-            request = shadow.pop(ident, None)
-            if request is None:
-                self._wake(done)
-                raise PeerError(f"a response for request {ident}, which is not in flight")
-            free_ids.append(ident)
-            if request.length >= BULKY:
-                self._bulky = True
-            if type(request) is Io:
-                io = request
-                self._answered(io, op, status)
-            else:
-                assert isinstance(request, Part)
-                io = request.io
-                self._part_answered(request, op, status)
-            if io.over:
-                done.append(io)
+        try:
+            for ident, op, status in connection.abi.response_slots.iter_unpack(slots):
+                request = shadow.pop(ident, None)
+                if request is None:
+                    raise PeerError(f"a response for request {ident}, which is not in flight")
+                free_ids.append(ident)
+                if request.length >= BULKY:
+                    self._bulky = True
+                if type(request) is Io:
+                    io = request
+                    self._answered(io, op, status)
+                else:
+                    assert isinstance(request, Part)
+                    io = request.io
+                    self._part_answered(request, op, status)
+                if io.over:
+                    done.append(io)
+        except PeerError:
+            self._wake(done)  # what was answered before the nonsense is answered
+            raise
         return done
 
     def _wake(self, done: list[Io]) -> None:
