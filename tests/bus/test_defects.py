@@ -6,7 +6,7 @@ import asyncio
 import gc
 
 import pytest
-from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, one, settle, use, world
+from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, made, one, settle, use, world
 from tests.support.tap import Tap
 from tests.support.troubled import (
     Careful,

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, ToyFront, one, settle, use, world
+from tests.support.split import NODE, QUICK, Recorder, S, ToyBack, ToyFront, made, one, settle, use, world
 from tests.support.until import until
 
 from xenbus.bus import DeviceGone, Settings, describe
@@ -298,4 +298,39 @@ def test_a_dead_store_ends_everything_without_hanging():
                     await bus.detach()
             assert not guest.front.devices and guest.hv.held() == before
 
+    asyncio.run(run())
+
+
+class SlowToGo(Recorder):
+    """Hangs in a callback, and takes its time to detach."""
+
+    deadline = 0.03
+
+    async def otherend_changed(self, state):
+        await asyncio.Event().wait()
+
+    async def detach(self):
+        await super().detach()
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["vanish", "detach"])
+def test_a_device_that_fails_while_it_goes_is_detached_once(how):
+    async def run():
+        async with world() as w:
+            use(w, SlowToGo, None)
+            guest = await w.guest(1, Settings(detach=1))
+            await guest.attach()
+            await w.plug()
+            await until(lambda: made and made[-1].count("detach"))
+            dev = guest.front.devices[NODE]
+            assert dev.failed
+            if how == "vanish":
+                await w.unplug()
+            else:
+                dev.request_detach()
+            await until(lambda: not guest.front.devices)
+            assert made[-1].count("detach") == 1
+
+    made.clear()
     asyncio.run(run())

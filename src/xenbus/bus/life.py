@@ -132,8 +132,7 @@ async def _refuse(dev: XenbusDevice, exc: Exception) -> None:
     if not isinstance(exc, DeviceGone):
         await dev.error(exc)
     await _close_watches(dev)
-    if dev.device.attached:
-        await _driver_detach(dev, dev.bus.settings.detach)
+    await _begin_detach(dev, dev.bus.settings.detach)
     await _let_go(dev)
     await _quiet_state(dev, XenbusState.CLOSED)
     dev.bus.post_forget(dev)
@@ -164,7 +163,7 @@ async def fail(dev: XenbusDevice, exc: DeadlineError) -> None:
     dev.failed = str(exc)
     await dev.fatal(exc)
     await _close_watches(dev)
-    await _driver_detach(dev, min(dev.bus.settings.detach, dev.bus.settings.callback))
+    await _begin_detach(dev, min(dev.bus.settings.detach, dev.bus.settings.callback))
     await _let_go(dev)
     dev.device.softc = None
     dev.device.state = DeviceState.ALIVE
@@ -209,7 +208,8 @@ async def _driver_detach(dev: XenbusDevice, seconds: float) -> None:
 
 
 async def _begin_detach(dev: XenbusDevice, seconds: float) -> None:
-    """A driver that was never attached is not detached: its attach cleaned up when it was cancelled."""
+    """The driver's detach, once, whoever comes here first. One that was never attached is not detached: its
+    attach cleaned up when it was cancelled."""
     attached = dev.device.attached
     dev.device.state = DeviceState.DETACHING
     dev.bus.changed(dev, "detaching")
