@@ -505,3 +505,36 @@ def test_where_no_fence_can_be_had_the_rings_are_looked_at_again(monkeypatch) ->
         await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+def test_a_backlog_that_comes_and_goes_within_one_turn_is_told_of() -> None:
+    """The other end, on another CPU, makes room between two passes: who waits for `drained` must hear it."""
+
+    async def main() -> None:
+        view = fresh()
+        guest = RingPage(view, Side.GUEST)
+        taken = bytearray()
+
+        class Answering(Sink):
+            """Reads no more until its answer is gone, as a session of the daemon does."""
+
+            def data_received(self, data: bytes | memoryview) -> None:
+                super().data_received(data)
+                daemon.send([b"r" * 1500])
+                daemon.pause(bool(daemon.backlog))
+
+            def drained(self) -> None:
+                super().drained()
+                daemon.pause(False)
+
+        daemon = RingTransport(view, lambda: taken.extend(guest.read()), Side.DAEMON, "domain 1")
+        sink = Answering(daemon)
+        for _ in range(3):
+            guest.write(b"q")
+            daemon.on_event()
+            await asyncio.sleep(0)
+        await sink.until(lambda: len(sink.data) == 3)
+        assert sink.drains == 3 and len(taken) == 4500
+        daemon.close()
+
+    asyncio.run(main())

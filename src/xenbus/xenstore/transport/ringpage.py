@@ -275,8 +275,10 @@ class RingTransport:
         """Whether work is left for another turn of the loop."""
         if not self._words_agree():
             return False
-        had_backlog = bool(self._backlog)
+        had_backlog = False
         for _ in range(PASSES):
+            # Each time: what a pass leaves waiting may be gone after the next, if the other end is quick.
+            had_backlog = had_backlog or bool(self._backlog)
             wrote = self._push()
             data = b"" if self._paused else self.page.read()
             if wrote or data:
