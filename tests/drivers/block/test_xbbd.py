@@ -165,6 +165,10 @@ def test_writes_to_a_read_only_disk(path):
         front.push()
         answers = {ident: status for ident, _, status in await front.answered(5)}
         assert answers == {1: ERROR, 2: ERROR, 3: UNSUPPORTED, 4: OKAY, 5: OKAY}
+        front.put(Op.WRITE, 6, 0, front.word(0))
+        front.push()
+        await front.answered(6)
+        assert r.back.sysctl()["last_error"]() == "a write to a read-only disk"  # before the storage is asked
         assert path.read_bytes() == content()
 
     with_raw_front(path, check, mode="r")
