@@ -15,7 +15,8 @@ from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
 from xenbus.drivers.block.xbbd_grants import Grants
-from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue, Counters
+from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
+from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.block.xbd import number
 from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError
 from xenbus.hypervisor.interface import Channel

@@ -25,6 +25,7 @@ from xenbus.drivers.block.blkif import (
 )
 from xenbus.drivers.block.storage import Storage, StorageError
 from xenbus.drivers.block.xbbd_grants import GREF_MASK, Grants, Run, grefs_of, whole_run
+from xenbus.drivers.block.xbbd_transfer import BadRequest, Counters, Transfer
 from xenbus.errors import HypervisorError, PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel
 from xenbus.ring.shared import BackRing
@@ -43,43 +44,6 @@ WORK_PER_WAKEUP: Final = 64
 SECTORS_PER_WORK: Final = 256
 MAX_INDIRECT_SEGMENTS: Final = 256
 _EXTENT: Final = SEGMENT_WORD_MASK & ~GREF_MASK
-
-
-class BadRequest(PeerError):
-    """The guest asked for something that cannot be. The request is answered with an error; others go on."""
-
-
-class Transfer:
-    """A read or write, its segments as words (of an indirect one: once `descriptors` are mapped).
-
-    count:  segments; total: sectors; whole: one run of whole pages with consecutive grefs
-    serial: of a write, by which a flush and a barrier know what came before them
-    """
-
-    __slots__ = ("count", "descriptors", "ident", "op", "sector", "serial", "total", "whole", "words")
-
-    def __init__(self, op: int, ident: int, sector: int, words: Sequence[int]) -> None:
-        self.op = op
-        self.ident = ident
-        self.sector = sector
-        self.words = words
-        self.count = len(words)
-        self.descriptors: tuple[int, ...] = ()
-        self.total = 0
-        self.whole = False
-        self.serial = 0
-
-
-class Counters:
-    """What a device did in its life, over all its connections."""
-
-    __slots__ = ("errors", "last_error", "requests", "sectors")
-
-    def __init__(self) -> None:
-        self.requests: dict[int, int] = dict.fromkeys(map(int, Op), 0)
-        self.sectors = {READ: 0, WRITE: 0}
-        self.errors = 0
-        self.last_error = ""
 
 
 class BackQueue:
