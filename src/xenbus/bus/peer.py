@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from xenbus.bus.device import XenbusDevice
 from xenbus.bus.state import XenbusState, parse_state
-from xenbus.errors import DeadlineError, NoEntry, PeerError, StoreError, XenbusError
+from xenbus.errors import DeadlineError, Denied, NoEntry, PeerError, StoreError, XenbusError
 from xenbus.xenstore.client import Client
 
 T = TypeVar("T")
@@ -31,10 +31,28 @@ async def read_driver_state(store: Client, path: str) -> XenbusState:
 async def read_peer(dev: XenbusDevice) -> XenbusState | None:
     """The peer's state; None if it cannot be known: then that was recorded, and the last state stays."""
     try:
-        return await _persistently(dev, lambda: read_driver_state(dev.store, dev.otherend_path))
+        return await _persistently(dev, lambda: _state_or_gone(dev))
     except PeerError as exc:
         dev.peer_garbage(exc)
         return None
+
+
+async def _state_or_gone(dev: XenbusDevice) -> XenbusState:
+    """The store says EACCES, not ENOENT, of a missing node below one that we may not read (xenstored's
+    errno_from_parents): to a guest whose back end's directory went, to a driver domain whose guest died. So
+    what could be read before, and is denied each time now, is gone."""
+    known = dev.otherend_state is not XenbusState.UNKNOWN
+    for pause in PAUSES[:2] if known else ():
+        try:
+            return await read_driver_state(dev.store, dev.otherend_path)
+        except Denied:
+            await asyncio.sleep(pause)
+    try:
+        return await read_driver_state(dev.store, dev.otherend_path)
+    except Denied:
+        if known:
+            return XenbusState.CLOSED
+        raise
 
 
 async def refresh_own(dev: XenbusDevice) -> None:
