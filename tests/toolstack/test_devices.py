@@ -151,7 +151,7 @@ def test_the_record_is_enough_to_make_the_device_again():
     [
         ("nonsense", "/img", "nonsense"),
         ("xvda", "a\0b", "NUL"),
-        ("", "/img", ""),
+        ("", "/img", "no such virtual device"),
         ("xvda9999", "/img", "xvda"),
     ],
 )
@@ -293,9 +293,8 @@ def test_an_orderly_detach_leaves_nothing_in_the_store():
         assert await detach_device(store, PATHS, timeout=5.0)
         await driver
         after = await _dump(store)
-        after.pop("/libxl/5/device", None)
-        after.pop("/libxl/5", None)
-        after.pop("/libxl", None)
+        after.pop("/libxl/5")  # a domain's builder makes it
+        after.pop("/libxl")
         assert after == before
         with pytest.raises(UsageError, match="domain 5 has no vbd 51712"):
             await detach_device(store, PATHS)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from xenbus.bus import XenbusState, parse_state
 from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.toolstack.atomic import atomically
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction, Watch
 from xenbus.xenstore.wire import Access, Perm
@@ -75,7 +76,7 @@ async def write_device(store: Client, spec: DeviceSpec) -> None:
         for key, value in {"frontend": paths.front, "backend": paths.back, **_recorded(spec)}.items():
             await tx.write(f"{paths.record}/{key}", value)
 
-    await store.transaction(write)
+    await atomically(store, write)
 
 
 def _recorded(spec: DeviceSpec) -> dict[str, str]:
@@ -85,7 +86,10 @@ def _recorded(spec: DeviceSpec) -> dict[str, str]:
 
 async def _write_directory(tx: Transaction, path: str, perms: list[Perm], values: Mapping[str, str]) -> None:
     await tx.mkdir(path)
-    await tx.set_perms(path, perms)  # before the children: a new node keeps its parent's entries
+    try:
+        await tx.set_perms(path, perms)  # before the children: a new node keeps its parent's entries
+    except NoEntry:  # the store knows nobody of that number: the domain is dead, and not yet buried
+        raise UsageError(f"no domain {perms[0].domid} (any more)") from None
     for key, value in values.items():
         await tx.write(f"{path}/{key}", value)
 
@@ -185,7 +189,7 @@ async def detach_device(
     if not await store.exists(paths.record) and not await store.exists(paths.front):
         raise UsageError(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
 
-    await store.transaction(lambda tx: _ask_to_close(tx, paths))
+    await atomically(store, lambda tx: _ask_to_close(tx, paths))
     orderly = await wait_closed(store, paths, timeout)
     if not orderly and not force:
         back, front = await read_state(store, paths.back), await read_state(store, paths.front)
@@ -238,7 +242,7 @@ async def remove_device(store: Client, paths: DevicePaths) -> None:
         for path, kept in nodes:
             await _remove_upwards(tx, path, kept)
 
-    await store.transaction(remove)
+    await atomically(store, remove)
 
 
 async def _remove_upwards(tx: Transaction, path: str, kept: str) -> None:

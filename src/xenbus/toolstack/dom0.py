@@ -13,7 +13,7 @@ from xenbus.domain.runtime import DomainRuntime
 from xenbus.hypervisor.broker import BrokerHypervisor
 from xenbus.newbus.runtime import end_task
 from xenbus.toolstack.domains import Toolstack, monitor
-from xenbus.toolstack.paths import domain_path
+from xenbus.toolstack.paths import domain_path, libxl_path
 from xenbus.xenstore.client import Client
 
 
@@ -26,6 +26,7 @@ async def control_domain(name: str, hv: BrokerHypervisor, layout: HostLayout) ->
         await store.write(f"{root}/domid", "0")
         for directory in ("device", "backend", "error"):
             await store.mkdir(f"{root}/{directory}")
+        await store.mkdir(libxl_path(0))
         return store
 
     return DomainRuntime(name, hv, connect)

@@ -18,6 +18,7 @@ from xenbus.domain.host import DomainState
 from xenbus.domain.layout import HostLayout, check_name
 from xenbus.domain.rpc import RemoteError, RpcClient, is_missing
 from xenbus.errors import DeadlineError, StoreError, UsageError, XenbusError
+from xenbus.toolstack.atomic import atomically
 from xenbus.toolstack.devices import DeviceSpec, list_devices, remove_device, wait_closed, write_device
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction
@@ -141,7 +142,7 @@ class Toolstack:
             await tx.mkdir(libxl_path(domid))
             await tx.write(f"{libxl_path(domid)}/name", name)
 
-        await self.store.transaction(write)
+        await atomically(self.store, write)
 
     async def destroy(self, domid: int) -> None:
         """At once, whatever the guest thinks of it: process, devices, nodes. Idempotent."""
@@ -164,7 +165,7 @@ class Toolstack:
             if error.name not in {"ENOENT", "EINVAL"}:  # not introduced (any more)
                 raise
         for _ in range(FORGET_ROUNDS):
-            if await self.store.transaction(lambda tx: _remove_domain(tx, domid)):
+            if await atomically(self.store, lambda tx: _remove_domain(tx, domid)):
                 return
             # Somebody attached a device meanwhile; once the name is gone nobody can.
             await self._close_backends(await list_devices(self.store, domid))
@@ -187,7 +188,7 @@ class Toolstack:
             if await tx.exists(paths.front):
                 await tx.rm(paths.front)
 
-        await self.store.transaction(mark)
+        await atomically(self.store, mark)
 
     # -- asking the guest ----------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ class Toolstack:
                 await tx.write(path, "")
             return waits
 
-        return await self.store.transaction(withdraw)
+        return await atomically(self.store, withdraw)
 
     async def poweroff(self, domid: int, timeout: float = SHUTDOWN_DEADLINE) -> None:
         """Orderly: the guest closes its devices and ends; then its traces go."""
