@@ -12,7 +12,7 @@ from typing import Final
 
 from xenbus.drivers.block.blkif import BLKIF_MAX_SEGMENTS_PER_REQUEST, PAGE_SIZE, Op
 from xenbus.drivers.block.xbd_pool import Buffer
-from xenbus.errors import XenbusError
+from xenbus.errors import UsageError, XenbusError
 
 READ: Final = int(Op.READ)
 WRITE: Final = int(Op.WRITE)
@@ -43,8 +43,8 @@ class Io:
     """One call of a user, and, where one request carries all of it, that request too.
 
     A task awaits it as it would a future, by the protocol of future-like objects that asyncio.Task honours
-    (`_asyncio_future_blocking`), with one difference: `wake` resumes the task in place, while a future goes
-    through the loop once more. Measured: half of what asyncio adds to a read of a cached page.
+    (`_asyncio_future_blocking`), with two differences: `wake` resumes the task in place, while a future goes
+    through the loop once more; and one task awaits it, no second one.
 
     offset, length: bytes. view: where the data is or goes; None for flush, discard, and a read that makes its
     own bytes (which are its value, or `view` after all where it took several requests).
@@ -119,6 +119,8 @@ class Io:
 
     def __await__(self) -> Generator[Io, None, bytes | None]:
         if not self.over:
+            if self._callback is not None:
+                raise UsageError(f"{self.what()} is awaited already")  # the first would never be woken
             self._asyncio_future_blocking = True
             yield self
         if self.error is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from xenbus.bus.operations import Operation, OperatorCall
 from xenbus.drivers.block.nbd import NbdServer
 from xenbus.drivers.block.storage import Blocks
-from xenbus.errors import PeerError, UsageError
+from xenbus.errors import PeerError, UsageError, XenbusError
 
 CHUNK = 1 << 20  # bytes of one request when a whole disk is read
 READ_MAX = 512 << 10  # bytes that one `read` answers: base64 in one line of JSON
@@ -122,7 +122,7 @@ class DiskOperations:
         return None
 
     async def _load_start(self, call: OperatorCall) -> object:
-        """Write, read back and compare blocks of a range until `load_stop`: errors are counted, not raised."""
+        """Write, read back and compare blocks of a range until `load_stop`; errors are kept, not raised."""
         if self._load is not None:
             raise UsageError("a load runs on this disk already")
         offset, length = self._range(call)
@@ -197,7 +197,7 @@ class _Load:
                 await self.disk.read_into(at, back)
                 if back != data:
                     raise PeerError(f"what was read at {at} is not what was written")
-            except Exception as error:
+            except XenbusError as error:
                 if len(self.errors) < 10:
                     self.errors.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.01)

@@ -479,7 +479,7 @@ class BackQueue:
             status, why = await self._settled(self._storage.flush())
         self._finish(transfer, status, why)
         self._barrier = False
-        self.kick()
+        asyncio.get_running_loop().call_soon(self.kick)  # not now: an eager task is within a kick itself
 
     async def _do_flush(self, op: int, ident: int, writes: set[int]) -> None:
         """Covers the writes that were taken before it, answered or not; later ones need not wait."""

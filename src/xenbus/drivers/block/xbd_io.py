@@ -354,7 +354,8 @@ class Queue:
         self._growing = False
         if error is not None:
             self.fail(error)
-        self.pump()
+        # Not now: an eager task may grow it before `submit` has said who waits.
+        self._loop.call_soon(self.pump)
 
     # -- responses
 
