@@ -4,22 +4,25 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all check lint bench clean
+.PHONY: help demo test test-all check lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)
+demo: $(STAMP) ## the whole of it, shown and checked (DEMO="--hold")
 	$(BIN)/xenbus demo $(DEMO)
 
-test: $(STAMP)
+test: $(STAMP) ## all tests (PYTEST="tests/bus -k suspend")
 	$(BIN)/python -m pytest $(PYTEST)
 
 # Every Python from 3.11 on that this machine has, on the path or below pyenv: one environment and the whole suite each.
 PYTHONS := $(wildcard $(foreach v,11 12 13 14,$(HOME)/.pyenv/versions/3.$(v).*/bin/python3.$(v)))
-test-all:
+test-all: ## the same with every Python from 3.11 on that this machine has
 	@for python in python3.11 python3.12 python3.13 python3.14 $(PYTHONS); do \
 	  version=$$($$python -c 'import sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
 	  case " $$done " in *" $$version "*) continue;; esac; done="$$done $$version"; \
@@ -27,17 +30,17 @@ test-all:
 	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	done; echo "passed on:$$done"
 
-check: lint
+check: lint ## lint and the quick tests
 	$(BIN)/python -m pytest -m 'not slow' -x
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff, mypy, the import rules
 	$(BIN)/ruff check src tests bench tools
 	$(BIN)/ruff format --check src tests bench tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) ## benchmarks (BENCH="--quick block")
 	$(BIN)/python -m bench $(BENCH)
 
-clean:
+clean: ## removes what the others made
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
