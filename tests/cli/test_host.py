@@ -1,5 +1,6 @@
 """Every subcommand through the real entry, against one `xenbus up`; Debian's programs beside it."""
 
+import asyncio
 import hashlib
 import json
 import os
