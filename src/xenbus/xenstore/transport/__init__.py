@@ -147,8 +147,8 @@ def _load(name: str) -> None:
 
 
 def default_address() -> str:
-    """Where libxenstore looks: $XENSTORED_RUNDIR/socket, then $XENSTORED_PATH, then /dev/xen/xenbus
-    (tools/libs/store/xs.c, xs_daemon_socket and xs_domain_dev)."""
+    """Where libxenstore looks: $XENSTORED_PATH, else $XENSTORED_RUNDIR/socket, else /dev/xen/xenbus
+    (tools/include/xen-tools/xenstore-common.h, xenstore_daemon_path; tools/libs/store/xs.c, xs_domain_dev)."""
     if path := os.environ.get("XENSTORED_PATH"):
         return path
     rundir = os.environ.get("XENSTORED_RUNDIR", "/run/xenstored")
