@@ -148,7 +148,7 @@ def _load(name: str) -> None:
 
 def default_address() -> str:
     """Where libxenstore looks: $XENSTORED_PATH, else $XENSTORED_RUNDIR/socket, else /dev/xen/xenbus
-    (tools/include/xen-tools/xenstore-common.h, xenstore_daemon_path; tools/libs/store/xs.c, xs_domain_dev)."""
+    (xen-tools/xenstore-common.h, xenstore_daemon_path; tools/libs/store/xs.c, xs_domain_dev)."""
     if path := os.environ.get("XENSTORED_PATH"):
         return path
     rundir = os.environ.get("XENSTORED_RUNDIR", "/run/xenstored")
