@@ -353,7 +353,7 @@ def test_nbd_is_an_export_until_it_is_interrupted(xenbus, image, tmp_path, host)
         assert not socket.exists()
     code, _, err = xenbus("nbd", "g/xbd1", "--socket", "/nowhere/at/all")
     assert code in (1, 2, 3) and "/nowhere/at/all" in err
-    code, _, err = xenbus("nbd", "Domain-0/xbbd0", "--socket", "/tmp/x")
+    code, _, err = xenbus("nbd", "Domain-0/xbbd1", "--socket", "/tmp/x")
     assert code == 3 and "no operation" in err
 
 

@@ -11,7 +11,11 @@ from xenbus.cli.completing import devices
 from xenbus.cli.context import dir_option, emit_line, json_option
 
 if TYPE_CHECKING:
+    import asyncio
+
     from xenbus.toolstack.domains import Toolstack
+
+LOOK_EVERY = 0.5  # seconds
 
 
 @click.command("nbd", short_help="Export a guest's disk over NBD.")
@@ -20,7 +24,8 @@ if TYPE_CHECKING:
 @click.option("--socket", required=True, metavar="PATH", type=click.Path(path_type=Path), help="Mode 0600.")
 @click.argument("device", shell_complete=devices)
 def command(directory: Path | None, as_json: bool, socket: Path, device: str) -> None:
-    """Export DEVICE, a guest's disk (`xbd0` or `NAME/xbd0`), on a unix socket until interrupted.
+    """Export DEVICE, a guest's disk (`xbd0` or `NAME/xbd0`), on a unix socket until interrupted, or until the
+    disk is detached.
 
     Prints a line when it is ready.
 
@@ -40,6 +45,7 @@ async def _export(toolstack: Toolstack, device: str, socket: Path, as_json: bool
 
     from xenbus.cli.hosts import find_device
     from xenbus.domain.rpc import RpcClient
+    from xenbus.errors import XenbusError
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,4 +56,19 @@ async def _export(toolstack: Toolstack, device: str, socket: Path, as_json: bool
         unit = found.device["nameunit"]
         made = await domain.call("device", device=unit, operation="nbd_start", socket=str(socket))
         emit_line(made, as_json, f"nbd+unix:///?socket={socket}")
-        await domain.lost_or(stop)
+        watching = asyncio.create_task(_until_gone(socket, stop))
+        try:
+            await domain.lost_or(stop)
+        finally:
+            watching.cancel()
+        if watching.done() and not watching.cancelled():
+            raise XenbusError(f"{socket}: the export has ended: the disk was detached")
+
+
+async def _until_gone(socket: Path, stop: asyncio.Event) -> None:
+    """The guest takes the socket away with the disk; nothing else tells us."""
+    import asyncio
+
+    while socket.exists():  # noqa: ASYNC110 - no event comes from there
+        await asyncio.sleep(LOOK_EVERY)
+    stop.set()

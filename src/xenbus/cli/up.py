@@ -12,8 +12,9 @@ from xenbus.cli.context import dir_option, need_dir
 @click.command("up", short_help="Start a host: supervisor, store, domain 0.")
 @dir_option
 @click.option("--quota", "quotas", metavar="NAME=VALUE", multiple=True, help="Of the store; repeatable.")
+@click.option("--until-eof", is_flag=True, help="End when standard input does, too.")
 @click.option("--verbose", is_flag=True, help="Domains log every step, in DIR/log.")
-def command(directory: Path | None, quotas: tuple[str, ...], verbose: bool) -> None:
+def command(directory: Path | None, quotas: tuple[str, ...], until_eof: bool, verbose: bool) -> None:
     """Start a host and stay until interrupted: the supervisor, the store daemon and domain 0.
 
     Prints "ready" when it is. DIR/xenstored/socket is the store, DIR/log holds what the processes say.
@@ -30,11 +31,12 @@ def command(directory: Path | None, quotas: tuple[str, ...], verbose: bool) -> N
     root = need_dir(directory)
     Quotas.parse(list(quotas))  # a wrong one is told before anything runs
     given = {name: int(value) for name, _, value in (each.partition("=") for each in quotas)}
-    asyncio.run(_up(root, given, verbose))
+    asyncio.run(_up(root, given, until_eof, verbose))
 
 
-async def _up(root: Path, quotas: dict[str, int], verbose: bool) -> None:
+async def _up(root: Path, quotas: dict[str, int], until_eof: bool, verbose: bool) -> None:
     import asyncio
+    import os
     import signal
 
     from xenbus.domain.host import Host
@@ -45,6 +47,14 @@ async def _up(root: Path, quotas: dict[str, int], verbose: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+
+    def readable() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stop.set()
+
+    if until_eof:  # whoever started us holds the other end: we do not outlive it, however it dies
+        loop.add_reader(0, readable)
     start = asyncio.create_task(host.start())
     waits = {asyncio.create_task(stop.wait()), asyncio.create_task(host.failed.wait())}
     try:

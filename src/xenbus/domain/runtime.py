@@ -26,7 +26,7 @@ from xenbus.xenstore.transport.ringpage import RingTransport, Side
 log = logging.getLogger(__name__)
 
 BOOT_DEADLINE = 20.0  # seconds that boot waits for devices to connect
-CLOSE_DEADLINE = 8.0  # seconds for an orderly end of all devices
+CLOSE_DEADLINE = 8.0  # seconds for an orderly end of all devices; less than the host's patience with us
 
 StoreFactory = Callable[[], Awaitable[Client]]
 
@@ -125,9 +125,10 @@ class DomainRuntime:
         if lost and self._store is not None:
             await self._store.close()  # nobody waits for an answer that can't come
         await self._shutdown.stop()
-        for bus in () if lost else self.buses:
+        now, share = asyncio.get_running_loop().time(), CLOSE_DEADLINE / max(1, len(self.buses))
+        for number, bus in enumerate(() if lost else self.buses, start=1):
             try:
-                async with asyncio.timeout(CLOSE_DEADLINE):
+                async with asyncio.timeout_at(now + number * share):
                     await bus.detach()
             except (XenbusError, TimeoutError) as error:
                 log.warning("%s: not all devices closed: %s", bus, error)

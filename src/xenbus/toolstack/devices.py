@@ -189,7 +189,7 @@ async def detach_device(
     if not await store.exists(paths.record) and not await store.exists(paths.front):
         raise UsageError(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
 
-    await atomically(store, lambda tx: _ask_to_close(tx, paths))
+    await atomically(store, lambda tx: ask_to_close(tx, paths))
     orderly = await wait_closed(store, paths, timeout)
     if not orderly and not force:
         back, front = await read_state(store, paths.back), await read_state(store, paths.front)
@@ -204,16 +204,22 @@ async def detach_device(
     return orderly
 
 
-async def _ask_to_close(tx: Transaction, paths: DevicePaths) -> None:
+async def ask_to_close(tx: Transaction, paths: DevicePaths) -> None:
+    """The back end hears it from its own nodes, as libxl says it: whatever became of the front end.
+
+    One that no driver has touched is Closed at once: nobody would answer.
+    """
     if not await tx.exists(f"{paths.back}/state"):
         return
     await tx.write(f"{paths.back}/online", "0")
     try:
-        closing = parse_state(await tx.read(f"{paths.back}/state")) in _CLOSING
+        state = parse_state(await tx.read(f"{paths.back}/state"))
     except PeerError:  # what is no state is overwritten: the device has to be got rid of
-        closing = False
-    if not closing:
-        await tx.write(f"{paths.back}/state", str(int(XenbusState.CLOSING)))
+        state = XenbusState.UNKNOWN
+    if state not in _CLOSING:
+        untouched = state is XenbusState.INITIALISING
+        wanted = XenbusState.CLOSED if untouched else XenbusState.CLOSING
+        await tx.write(f"{paths.back}/state", str(int(wanted)))
 
 
 async def wait_closed(store: Client, paths: DevicePaths, timeout: float) -> bool:

@@ -19,7 +19,14 @@ from xenbus.domain.layout import HostLayout, check_name
 from xenbus.domain.rpc import RemoteError, RpcClient, is_missing
 from xenbus.errors import DeadlineError, StoreError, UsageError, XenbusError
 from xenbus.toolstack.atomic import atomically
-from xenbus.toolstack.devices import DeviceSpec, list_devices, remove_device, wait_closed, write_device
+from xenbus.toolstack.devices import (
+    DeviceSpec,
+    ask_to_close,
+    list_devices,
+    remove_device,
+    wait_closed,
+    write_device,
+)
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction
 from xenbus.xenstore.wire import Access, Perm
@@ -183,8 +190,7 @@ class Toolstack:
 
     async def _mark_offline(self, paths: DevicePaths) -> None:
         async def mark(tx: Transaction) -> None:
-            if await tx.exists(f"{paths.back}/state"):
-                await tx.write(f"{paths.back}/online", "0")
+            await ask_to_close(tx, paths)
             if await tx.exists(paths.front):
                 await tx.rm(paths.front)
 

@@ -37,6 +37,15 @@ def run(*, as_json: bool, image: Path | None, hold: bool, directory: Path | None
 
 async def _run(stage: Stage, hold: bool) -> int:
     title = ""
+    task = asyncio.current_task()
+    assert task is not None
+    ends: list[str] = []
+
+    def terminate() -> None:
+        ends.append("SIGTERM")
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     try:
         for step in STEPS:
             title = (step.__doc__ or step.__name__).strip()
@@ -47,6 +56,11 @@ async def _run(stage: Stage, hold: bool) -> int:
     except (XenbusError, TimeoutError, OSError) as error:
         stage.show.end(f"FAILED in {title!r}: {type(error).__name__}: {error}", ok=False)
         return 1
+    except asyncio.CancelledError:
+        if not ends:  # Ctrl-C is asyncio's
+            raise
+        stage.show.end(f"ended in {title!r} by SIGTERM", ok=False)
+        return 128 + signal.SIGTERM
     finally:
         await stage.stop_host()
     stage.show.end("verified: " + ", ".join(stage.verified), ok=True)

@@ -51,9 +51,10 @@ class Stage:
 
     async def start_host(self) -> None:
         """`xenbus up` in a process of its own, as an operator runs it."""
-        command = (sys.executable, "-m", "xenbus.cli.main", "up", "--dir", str(self.root))
+        command = (sys.executable, "-m", "xenbus.cli.main", "up", "--until-eof", "--dir", str(self.root))
+        pipe = asyncio.subprocess.PIPE
         self._host = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            *command, stdin=pipe, stdout=pipe, start_new_session=True
         )
         assert self._host.stdout is not None
         try:
@@ -70,8 +71,12 @@ class Stage:
             self._toolstack = None
         if self._host is not None and self._host.returncode is None:
             self._host.terminate()
-            async with asyncio.timeout(START_DEADLINE):
-                await self._host.wait()
+            try:
+                async with asyncio.timeout(START_DEADLINE):
+                    await self._host.wait()
+            except TimeoutError:
+                self._host.kill()
+                raise DeadlineError("the host to end", "xenbus up", START_DEADLINE) from None
 
     async def show_trees(self) -> None:
         domains = await self.toolstack.domains()
