@@ -21,6 +21,7 @@ class Rig:
     """`front` and `back` are drivers (their `dev` is the device); `disk` is what the guest's programs see."""
 
     def __init__(self, made: World, dom0: Guest, guest: Guest) -> None:
+        """dom0: the domain of the back end, whatever its number."""
         self.world = made
         self.dom0 = dom0
         self.guest = guest
@@ -53,7 +54,7 @@ class Rig:
 
     @property
     def bnode(self) -> str:
-        return self.world.back_node("vbd", self.vdev, self.guest.domid)
+        return self.world.back_node("vbd", self.vdev, self.guest.domid, self.dom0.domid)
 
     async def plug(self, params: str, **keys: str) -> None:
         """Nodes as the toolstack writes them; `_` in a key stands for `-`."""
@@ -64,14 +65,19 @@ class Rig:
             "type": "xenbus",
             **{k.replace("_", "-"): v for k, v in keys.items()},
         }
-        domid = self.guest.domid
+        domid, home = self.guest.domid, self.dom0.domid
 
         async def write(tx: Any) -> None:
             for node, owner, peer, half in (
-                (self.fnode, domid, 0, {"backend": self.bnode, "backend-id": "0", "state": "1", **front}),
+                (
+                    self.fnode,
+                    domid,
+                    home,
+                    {"backend": self.bnode, "backend-id": str(home), "state": "1", **front},
+                ),
                 (
                     self.bnode,
-                    0,
+                    home,
                     domid,
                     {"frontend": self.fnode, "frontend-id": str(domid), "online": "1", "state": "1", **back},
                 ),
@@ -112,17 +118,24 @@ class Rig:
 
     async def gone(self) -> None:
         """Nodes removed; neither side holds anything."""
-        await self.world.unplug("vbd", self.vdev, self.guest.domid)
+        await self.world.unplug("vbd", self.vdev, self.guest.domid, self.dom0.domid)
         await until(lambda: not self.guest.front.devices and not self.dom0.back.devices)
         await until(lambda: self.held() == self.before)
 
 
 @asynccontextmanager
-async def rig(front: Any = Xbd, back: Any = Xbbd, settings: Settings = SETTINGS) -> AsyncIterator[Rig]:
-    """Both domains up, no disk yet."""
+async def rig(
+    front: Any = Xbd,
+    back: Any = Xbbd,
+    settings: Settings = SETTINGS,
+    *,
+    home: int = 0,
+    wrap: Any = lambda transport: transport,
+) -> AsyncIterator[Rig]:
+    """Both domains up, no disk yet. home: the back end's domain; wrap: around its store transport."""
     async with world() as made:
         use(made, front, back, "vbd")
-        dom0, guest = await made.guest(0, settings), await made.guest(1, settings)
+        dom0, guest = await made.guest(home, settings, wrap), await made.guest(1, settings)
         found = Rig(made, dom0, guest)
         await dom0.attach()
         await guest.attach()

@@ -1,4 +1,4 @@
-"""An I/O as tasks see it: awaited, cancelled, timed out, failed; in debug mode and not, in any kind of task."""
+"""An I/O as tasks see it: awaited, cancelled, timed out, failed, in debug mode, in every kind of task."""
 
 from __future__ import annotations
 

@@ -419,7 +419,7 @@ def test_a_small_cache_of_grants_still_serves_everything(tmp_path):
                 assert r.back._grants.pages <= 20
                 await until(lambda: not r.back._grants.temporary)
             assert r.disk.size and r.front.queue.errors == 0
-            assert r.dom0.hv.held().mapped_pages == 2 + r.back._grants.pages
+            await until(lambda: r.dom0.hv.held().mapped_pages == 2 + r.back._grants.pages)
             await r.gone()
 
     asyncio.run(run())

@@ -13,7 +13,7 @@ from tests.support.vbd import SETTINGS, RawBack, rig
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.block import DiskError, Xbd, blkif, xbd
 from xenbus.drivers.block.blkif import Op
-from xenbus.errors import DeadlineError, HypervisorError, LinkDown, PeerError, UsageError
+from xenbus.errors import DeadlineError, Denied, HypervisorError, LinkDown, PeerError, UsageError
 
 OKAY, ERROR, UNSUPPORTED = blkif.BLKIF_RSP_OKAY, blkif.BLKIF_RSP_ERROR, blkif.BLKIF_RSP_EOPNOTSUPP
 
@@ -253,6 +253,26 @@ def test_the_nodes_vanish_under_load():
         for end in await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5):
             assert isinstance(end, LinkDown) and "is gone" in str(end)
         await until(lambda: not r.guest.front.devices)
+        assert not any(front_dev.counts().values())
+
+    with_raw_back(check)
+
+
+def test_the_back_ends_node_alone_is_removed():
+    """The guest may not read its parent, so the store says EACCES of it, not ENOENT: gone all the same."""
+
+    async def check(r, back):
+        disk, front_dev = r.disk, r.front_dev
+        with pytest.raises(Denied):
+            await r.guest.store.read(f"/local/domain/0/backend/vbd/1/{r.vdev + 16}/state")
+        read = asyncio.ensure_future(disk.read(0, 512))
+        await back.asked(1)
+        await r.world.tool.rm(r.bnode)
+        with pytest.raises(LinkDown, match="is gone"):
+            await asyncio.wait_for(read, 5)
+        with pytest.raises(LinkDown):
+            await asyncio.wait_for(disk.write(0, bytes(512)), 5)
+        await until(lambda: front_dev.state is XenbusState.CLOSED)
         assert not any(front_dev.counts().values())
 
     with_raw_back(check)

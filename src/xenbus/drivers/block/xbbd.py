@@ -75,10 +75,10 @@ class Xbbd(XenbusDriver):
 
     async def attach(self) -> None:
         storage = await self._open()
-        self._discard = storage.discards and not storage.readonly
-        if self._discard and await self.dev.read_opt("discard-enable") == "0":
-            self._discard = False
         try:
+            self._discard = storage.discards and not storage.readonly
+            if self._discard and await self.dev.read_opt("discard-enable") == "0":
+                self._discard = False
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
         except BaseException:
             await self._close_storage()  # a device that was not attached is not detached

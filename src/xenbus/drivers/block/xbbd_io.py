@@ -371,7 +371,11 @@ class BackQueue:
             try:
                 run = await self._mapped(transfer.descriptors, writable=False)
                 words = [blkif.segment_word(gref) for gref in transfer.descriptors]
-                views, _ = self._grants.views(words, run)
+                try:
+                    views, _ = self._grants.views(words, run)
+                except KeyError:  # as in `_transfer`
+                    run = await self._grants.once(transfer.descriptors, writable=False)
+                    views, _ = self._grants.views(words, run)
                 try:
                     self._read_descriptors(transfer, views)
                 finally:
