@@ -124,7 +124,7 @@ def test_a_guest_that_never_gets_ready_has_a_deadline_and_can_be_destroyed_befor
         await toolstack.destroy(1)
         with pytest.raises(XenbusError, match="guest did not start"):
             await starting
-        assert not wait_dead([pids["guest"]], 5.0)
+        assert not await asyncio.to_thread(wait_dead, [pids["guest"]], 5.0)
 
         monkeypatch.setattr(module, "START_DEADLINE", 0.3)
         with pytest.raises(RemoteError, match=r"waited 0.3 s for guest to be ready; .*guest.log") as caught:
@@ -147,7 +147,7 @@ def test_a_caller_that_goes_while_its_guest_boots_leaves_nothing(monkeypatch):
         pids = await _booting(toolstack)
         await caller.close()
         await asyncio.gather(call, return_exceptions=True)
-        assert not wait_dead([pids["guest"]], 5.0)
+        assert not await asyncio.to_thread(wait_dead, [pids["guest"]], 5.0)
         while len(await toolstack.domains()) > 1:  # noqa: ASYNC110 - domain 0's monitor buries it
             await asyncio.sleep(0.01)
 
