@@ -102,6 +102,29 @@ def test_write_ivar_conflict():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "inside"])
+def test_a_toolstacks_closing_is_not_overwritten(late):
+    """xenbusb_write_ivar, but: a detach that comes in the middle of the handshake is not undone by its next
+    step; whichever was first, and although its event has not been seen."""
+
+    async def run():
+        async with world() as w:
+            tap = Tap()
+            _guest, dev = await one(w, wrap=tap)
+            front = w.front_node("toy", 0)
+            ask = w.tool.write(f"{front}/state", "5")
+            if late:
+                tap.after(Op.READ, f"{NODE}/state", lambda: ask)
+            else:
+                await ask
+            assert not await dev.set_state(S.CONNECTED, {"sectors": 8})
+            assert dev.state is S.CLOSING and await w.state(front) == 5
+            assert not await w.tool.exists(f"{front}/sectors")
+            assert await dev.set_state(S.CLOSED) and await w.state(front) == 6
+
+    asyncio.run(run())
+
+
 def test_other_errors_reach_the_driver():
     """xenbusb_write_ivar: other errors reach the caller, the cache is unchanged."""
 

@@ -34,12 +34,17 @@ if TYPE_CHECKING:
     from xenbus.bus.xenbusb import XenBus
 
 log = logging.getLogger("xenbus.bus")
+_ENDING = (XenbusState.CLOSING, XenbusState.CLOSED)
 # What may change below our own node that concerns the bus itself.
 OWN_EVENTS = frozenset({"", "/state", "/online"})
 
 
 class DeviceGone(XenbusError):
     """Our node was removed (or is another device's by now): nothing may be written there any more."""
+
+
+class _ToldToClose(XenbusError):
+    """A toolstack wrote Closing into our node, which we had yet to see."""
 
 
 class XenbusDevice:
@@ -163,8 +168,9 @@ class XenbusDevice:
         """Writes `state`, and `values` (key -> value) with it, in one transaction. True if it stands there.
 
         The state that we have already: nothing is written, unless there are `values`. False: the node is gone
-        or another device's by now, nothing was written (a removed node is never made again). Any other error
-        is raised after the device was put to CLOSING with an error node (seed: xenbusb_write_ivar).
+        or another device's by now, nothing was written (a removed node is never made again); or a toolstack
+        wrote Closing meanwhile, which only Closed may follow: that stays, and is our state from now on. Any
+        other error is raised after the device was put to CLOSING with an error node (xenbusb_write_ivar).
         """
         async with self.locked():
             if self.gone:
@@ -173,7 +179,10 @@ class XenbusDevice:
                 return True
             entries = {key: _text(value) for key, value in (values or {}).items()}
             try:
-                await self._write({**entries, "state": str(int(state))})
+                await self._write({**entries, "state": str(int(state))}, opens=state not in _ENDING)
+            except _ToldToClose:
+                self.moved(XenbusState.CLOSING)
+                return False
             except (DeviceGone, NoEntry):
                 return False
             except (StoreError, DeadlineError) as exc:
@@ -202,11 +211,15 @@ class XenbusDevice:
         if hold is not None:
             hold.release()
 
-    async def _write(self, entries: MappingT[str, str]) -> None:
-        """DeviceGone unless the node is still there and still ours, which the transaction itself looks at."""
+    async def _write(self, entries: MappingT[str, str], *, opens: bool = False) -> None:
+        """DeviceGone unless the node is still there and still ours, which the transaction itself looks at.
+
+        opens: a step towards Connected, which may not undo somebody's Closing (_ToldToClose)
+        """
 
         async def write(tx: Transaction) -> None:
-            await self.bus.check_incarnation(self, tx)
+            if await self.bus.check_incarnation(self, tx) and opens:
+                raise _ToldToClose
             replies = await asyncio.gather(
                 *(tx.write(f"{self.node}/{key}", value) for key, value in entries.items()),
                 return_exceptions=True,

@@ -10,7 +10,8 @@ itself:
 - it is Initialising, and ours is not, or the node was touched: REPLACED (made anew, or re-armed by hand).
   A touch can be innocent (SET_PERMS) while we are Initialising ourselves: then the driver attaches once more;
 - touched, and the links to the peer are others: REPLACED;
-- otherwise it is itself, and all touches up to now were innocent.
+- otherwise it is itself, and all touches up to now were innocent: TOLD_TO_CLOSE if somebody else (a toolstack
+  that detaches it) wrote Closing, SAME if not.
 
 Inside a transaction a removal after the read is a Conflict at its end, so no write of ours can reach another
 device.
@@ -27,12 +28,14 @@ from xenbus.errors import NoEntry, PeerError
 
 Reader = Callable[[str], Awaitable[bytes]]
 _ARMED = str(int(XenbusState.INITIALISING)).encode()
+_CLOSING = str(int(XenbusState.CLOSING)).encode()
 
 
 class Verdict(Enum):
     SAME = "same"
     GONE = "gone"
     REPLACED = "replaced"
+    TOLD_TO_CLOSE = "told to close"
 
 
 async def look(dev: XenbusDevice, read: Reader) -> Verdict:
@@ -53,7 +56,8 @@ async def look(dev: XenbusDevice, read: Reader) -> Verdict:
         if links != (dev.otherend_id, dev.otherend_path):
             return Verdict.REPLACED
     dev.born = before
-    return Verdict.SAME
+    told = state == _CLOSING and dev.state is not XenbusState.CLOSING
+    return Verdict.TOLD_TO_CLOSE if told else Verdict.SAME
 
 
 async def read_links(node: str, keys: tuple[str, str], read: Reader) -> tuple[int, str]:

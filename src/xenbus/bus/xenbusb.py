@@ -435,12 +435,14 @@ class XenBus:
         was started (B2, B5)."""
         return self.store.transaction(function, attempts=self.settings.attempts)
 
-    async def check_incarnation(self, dev: XenbusDevice, tx: Transaction) -> None:
-        """DeviceGone unless the node is still this device; the bus then looks for itself."""
+    async def check_incarnation(self, dev: XenbusDevice, tx: Transaction) -> bool:
+        """DeviceGone unless the node is still this device; the bus then looks for itself. True if it was told
+        to close."""
         verdict = await look(dev, tx.read)
-        if verdict is not Verdict.SAME:
+        if verdict in (Verdict.GONE, Verdict.REPLACED):
             self._post(dev.node)
             raise DeviceGone(f"{dev.node} is {verdict.value}")
+        return verdict is Verdict.TOLD_TO_CLOSE
 
     async def adopt(self, dev: XenbusDevice) -> None:
         """After a restore: the node in the new store is this device, whatever it says; Initialising is
