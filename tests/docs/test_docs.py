@@ -5,7 +5,8 @@ How pages are written for this test:
 - ```console blocks of one page are one shell session in an empty directory: `$ ` and a command, then what it
   prints (both streams). `...` stands for anything within a line, a line of `...` for any lines. A command
   that ends with ` &` runs on; the session goes on when it has printed what the page shows. A command that
-  fails is followed by `$ echo $?`. One whose program is not installed is passed over.
+  fails is followed by `$ echo $?`. One that only looks (LOOKS) is run until it shows what the page does. One
+  whose program is not installed is passed over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,11 +24,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 
-from xenbus.cli.main import cli
+from xenbus.cli.main import cli, run
 from xenbus.xenstore.engine.quotas import QUOTAS
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +37,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 DRIVER = ROOT / "docs" / "writing-a-driver.md"  # tests/docs/test_writing_a_driver.py runs it
 DEADLINE = 20.0  # seconds for one command
+PATIENCE = 5.0  # seconds until a look shows what it is to show
 KEYWORDS = {"until"}
+LOOKS = ("xenbus tree", "xenbus sysctl", "xenbus domain list", "xenbus store read")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -114,6 +119,29 @@ class Shell:
             self._call(command, expected)
 
     def _call(self, command: str, expected: str) -> None:
+        plain = command.startswith("xenbus ") and not set(command) & set("|&;<>$()`\\")
+        end = time.monotonic() + (PATIENCE if command.startswith(LOOKS) else 0)
+        while True:
+            printed = self._here(shlex.split(command)[1:]) if plain else self._bash(command)
+            if pattern(expected).fullmatch(printed) or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        self.unexplained = f"$ {command}\n{printed}ended with {self.status}" if self.status else ""
+        assert pattern(expected).fullmatch(printed), f"$ {command}\n{printed}\nexpected:\n{expected}"
+
+    def _here(self, words: list[str]) -> str:
+        """The command in this process: starting Python would be most of its time."""
+        output = io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.environment, clear=True),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            self.status = run(words)
+        return output.getvalue()
+
+    def _bash(self, command: str) -> str:
         done = subprocess.run(
             ["bash", "-c", f"(exit {self.status})\n{command}"],
             cwd=self.folder,
@@ -126,8 +154,7 @@ class Shell:
             check=False,
         )
         self.status = done.returncode
-        self.unexplained = f"$ {command}\n{done.stdout}ended with {self.status}" if self.status else ""
-        assert pattern(expected).fullmatch(done.stdout), f"$ {command}\n{done.stdout}\nexpected:\n{expected}"
+        return done.stdout
 
     def _start(self, command: str, expected: str) -> None:
         log = self.folder / f".{len(self.background)}.out"
