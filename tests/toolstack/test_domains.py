@@ -102,6 +102,22 @@ def test_a_create_that_fails_half_way_is_unmade(host):
     run(host, test)
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5, 20])
+def test_a_create_that_is_cancelled_is_unmade(host, rounds):
+    """However far it was: also when the host had made the domain and its answer was still under way."""
+
+    async def test(site):
+        creating = asyncio.create_task(site.toolstack.create("g", [DiskSpec(0, "memory:1M").device()]))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        assert [info.name for info in await site.toolstack.domains()] == ["Domain-0"]
+
+    run(host, test)
+
+
 def test_devices_that_were_there_at_boot_and_an_orderly_end_under_load(host):
     async def test(site):
         image = site.image("boot.img", SIZE)

@@ -204,10 +204,11 @@ async def detach_device(
     return orderly
 
 
-async def ask_to_close(tx: Transaction, paths: DevicePaths) -> None:
+async def ask_to_close(tx: Transaction, paths: DevicePaths, *, dead: bool = False) -> None:
     """The back end hears it from its own nodes, as libxl says it: whatever became of the front end.
 
-    One that no driver has touched is Closed at once: nobody would answer.
+    One that no driver has touched is Closed at once: nobody would answer. So is one whose front end is `dead`
+    before they were connected: there is no ring to let go of, and the removal of the node does the rest.
     """
     if not await tx.exists(f"{paths.back}/state"):
         return
@@ -217,8 +218,8 @@ async def ask_to_close(tx: Transaction, paths: DevicePaths) -> None:
     except PeerError:  # what is no state is overwritten: the device has to be got rid of
         state = XenbusState.UNKNOWN
     if state not in _CLOSING:
-        untouched = state is XenbusState.INITIALISING
-        wanted = XenbusState.CLOSED if untouched else XenbusState.CLOSING
+        at_once = state is XenbusState.INITIALISING or (dead and state is not XenbusState.CONNECTED)
+        wanted = XenbusState.CLOSED if at_once else XenbusState.CLOSING
         await tx.write(f"{paths.back}/state", str(int(wanted)))
 
 

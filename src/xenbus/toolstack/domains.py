@@ -7,6 +7,7 @@ domain 0's own monitor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -104,7 +105,14 @@ class Toolstack:
         What was made is unmade if a step fails.
         """
         check_name(name)
-        made = await self.host.call("create", name=name)
+        making = asyncio.ensure_future(self.host.call("create", name=name))
+        try:
+            made = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The host may have made it already: only its answer says which one there is to unmake.
+            with contextlib.suppress(XenbusError):
+                await self.destroy((await making)["domid"])
+            raise
         domid = made["domid"]
         try:
             await self._introduce(domid, name, made["store_port"])
@@ -190,7 +198,7 @@ class Toolstack:
 
     async def _mark_offline(self, paths: DevicePaths) -> None:
         async def mark(tx: Transaction) -> None:
-            await ask_to_close(tx, paths)
+            await ask_to_close(tx, paths, dead=True)
             if await tx.exists(paths.front):
                 await tx.rm(paths.front)
 
