@@ -97,7 +97,16 @@ def test_a_parameter_of_the_wrong_type_is_named(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "line", [b"garbage\n", b"[]\n", b'{"method": "x", "params": 3}\n', b"\xff\xfe\n", b"{}\n"]
+    "line",
+    [
+        b"garbage\n",
+        b"[]\n",
+        b'{"method": "x", "params": 3}\n',
+        b"\xff\xfe\n",
+        b"{}\n",
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=["garbage", "list", "params", "bytes", "empty", "nested"],
 )
 def test_garbage_is_answered_and_the_connection_lives(tmp_path, line):
     async def echo(call):

@@ -224,7 +224,7 @@ class _Connection:
 def _parse(line: bytes) -> tuple[object, str, dict[str, Any]]:
     try:
         message = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second for brackets nested without end
         raise UsageError(f"not JSON: {error}") from None
     if not isinstance(message, dict):
         raise UsageError("a request is an object")
