@@ -196,9 +196,11 @@ async def suspend(stage: Stage) -> None:
         await stage.toolstack.suspend(guest.domid)
         await stage.toolstack.resume(guest.domid)
         after = await stage.ask(GUEST, "counts")
+        # The disk's pool of pages may grow with the load; nothing that was granted may have gone.
+        grown = before | {"granted_pages": max(before["granted_pages"], after["granted_pages"])}
         for what in ("granted_pages", "ports", "watches"):
             check(
-                before[what] == after[what],
+                grown[what] == after[what],
                 f"{what}: {before[what]} before a cancelled suspend, {after[what]} now",
             )
     stage.show.fact(f"cancelled: the guest went on as domain {guest.domid}; {load.words()}", **load.result)
