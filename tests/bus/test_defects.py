@@ -398,6 +398,9 @@ def test_B13_resume_is_together_and_one_failure_stops_no_other(cancelled):
             assert "no resume" in await w.tool.read_str("/local/domain/1/error/device/toy/1/error")
             await w.tool.write(f"{w.back_node('toy', 2)}/state", "2")
             await until(lambda: devs["device/toy/2"].otherend_state is S.INIT_WAIT)
+            # The one that failed is Closing: it hears its peer, or it could never close.
+            await w.tool.write(f"{w.back_node('toy', 1)}/state", "6")
+            await until(lambda: ("otherend", S.CLOSED) in devs["device/toy/1"].driver.heard)
 
     asyncio.run(run())
 

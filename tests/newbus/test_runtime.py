@@ -9,7 +9,7 @@ import signal
 import pytest
 from tests.support.until import until
 
-from xenbus.errors import DeadlineError
+from xenbus.errors import DeadlineError, XenbusError
 from xenbus.newbus import BootHold
 from xenbus.newbus.runtime import Mailbox, runaways, sync_limit, wait_boot, within
 
@@ -106,6 +106,21 @@ def test_within():
             await within(1, fail(), "an answer", "us")
         with pytest.raises(DeadlineError, match="for an answer; its driver owed"):
             await within(0.01, asyncio.Event().wait(), "an answer", "its driver")
+
+    asyncio.run(run())
+
+
+def test_a_callback_that_ends_as_cancelled_is_its_own_failure():
+    """Of a task that it awaited and somebody cancelled: not taken for a cancellation of whoever waits here."""
+
+    async def run():
+        async def stray():
+            other = asyncio.ensure_future(asyncio.Event().wait())
+            asyncio.get_running_loop().call_soon(other.cancel)
+            await other
+
+        with pytest.raises(XenbusError, match="attach of xbd0 ended as cancelled"):
+            await within(1, stray(), "attach of xbd0", "its driver")
 
     asyncio.run(run())
 

@@ -304,8 +304,11 @@ async def resume(dev: XenbusDevice) -> None:
     if driver is None:
         raise DeviceGone(f"{dev.node} was not attached")
     dev.local_watch = await dev.store.watch(dev.node, dev.local_event)
-    await call(dev, "resume", driver.resume(False))
-    dev.peer_watch = await dev.store.watch(f"{dev.otherend_path}/state", dev.peer_event)
+    try:
+        await call(dev, "resume", driver.resume(False))
+    finally:
+        # After a failure, too: the device then closes, for which it has to hear its peer.
+        dev.peer_watch = await dev.store.watch(f"{dev.otherend_path}/state", dev.peer_event)
 
 
 async def drop(dev: XenbusDevice) -> None:

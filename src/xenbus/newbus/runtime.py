@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from xenbus.errors import DeadlineError
+from xenbus.errors import DeadlineError, XenbusError
 from xenbus.newbus.boot import BootHold
 
 log = logging.getLogger("xenbus.newbus")
@@ -124,7 +124,7 @@ async def within(
     excused: Callable[[], float] | None = None,
 ) -> T:
     """The coroutine's result; DeadlineError once `seconds` are over, and as many as `excused()` says: time
-    that it had to wait for us, not we for it.
+    that it had to wait for us, not we for it. XenbusError for one that ends as cancelled without us.
 
     Unlike asyncio.timeout it returns even if the coroutine swallows its cancellation: it is then left running
     (see `runaways`), because whoever waits here serves others too.
@@ -136,6 +136,9 @@ async def within(
         while left > 0:
             done, _ = await asyncio.wait({task}, timeout=left)
             if done:
+                if task.cancelled():
+                    # By something that it awaited; ours would have come to `wait` first.
+                    raise XenbusError(f"{what} ended as cancelled; {owed_by} let a CancelledError pass")
                 return task.result()
             left = end + excused() - now() if excused is not None else 0
     except asyncio.CancelledError:
