@@ -4,6 +4,7 @@ connects afterwards, and nothing is left of the old ones."""
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -148,9 +149,11 @@ class Handshake(RuleBasedStateMachine):
         self.run(act())
 
     async def lose_everything(self):
-        """What the machine does to a domain that is restored: what it held is gone, and so is its store
-        link."""
+        """What the machine does to a domain that is restored: what it held is gone, and so are its store
+        link and the error nodes below its old path."""
         guest = self.guest
+        with suppress(NoEntry):
+            await self.w.tool.rm("/local/domain/1/error")
         for dev in guest.front.devices.values():
             if dev._owned is not None:
                 for channel in dev._owned.channels.values():

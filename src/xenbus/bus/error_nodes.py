@@ -9,7 +9,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 
-from xenbus.errors import DeadlineError, HypervisorError, NoEntry, PeerError, StoreError, XenbusError
+from xenbus.errors import DeadlineError, NoEntry, PeerError, XenbusError
 from xenbus.xenstore.client import Client, Transaction
 
 log = logging.getLogger("xenbus.bus")
@@ -74,12 +74,13 @@ def errno_of(what: BaseException | str) -> int:
     """The number before an error node's text: xenbus_dev_verror writes one, and tools show it."""
     if isinstance(what, Doing) and what.__cause__ is not None:
         return errno_of(what.__cause__)
-    if isinstance(what, DeadlineError):
-        return errno.ETIMEDOUT
-    if isinstance(what, PeerError):
-        return errno.EPROTO
-    if isinstance(what, HypervisorError):
-        return int(getattr(errno, what.name, errno.EIO))
-    if isinstance(what, (StoreError, OSError)):
-        return what.errno or errno.EIO
-    return errno.EIO
+    number = getattr(what, "errno", None)  # StoreError, OSError, and a driver's own kinds (StorageError)
+    if isinstance(number, int) and number:
+        return number
+    name = getattr(what, "name", "")
+    if isinstance(name, str) and name in errno.errorcode.values():
+        return int(getattr(errno, name))
+    return next((code for kind, code in _BY_KIND if isinstance(what, kind)), errno.EIO)
+
+
+_BY_KIND = ((DeadlineError, errno.ETIMEDOUT), (PeerError, errno.EPROTO))

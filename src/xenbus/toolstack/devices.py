@@ -137,6 +137,19 @@ async def read_state(store: Client, node: str) -> XenbusState | None:
         return XenbusState.UNKNOWN
 
 
+async def _error(store: Client, paths: DevicePaths) -> str:
+    """A driver's own words from its error node, without the errno before them (xenbus_dev_error)."""
+    for side, path in (("back", paths.back_error), ("front", paths.front_error)):
+        number, _, words = (await _text(store, path)).partition(" ")
+        if number:
+            return (
+                f"the {side} end says: {words}"
+                if number.isdigit()
+                else f"the {side} end says: {number} {words}"
+            )
+    return ""
+
+
 async def _text(store: Client, path: str) -> str:
     try:
         return await store.read_str(path)
@@ -152,7 +165,7 @@ async def wait_connected(store: Client, paths: DevicePaths, timeout: float = ATT
             back, front = await read_state(store, paths.back), await read_state(store, paths.front)
             if back is front is XenbusState.CONNECTED:
                 return
-            error = await _text(store, paths.back_error) or await _text(store, paths.front_error)
+            error = await _error(store, paths)
             if error or any(state is None or state in _CLOSING for state in (back, front)):
                 raise DeviceFailed(
                     error or f"{paths.front}: closed (back {_name(back)}, front {_name(front)})"
