@@ -41,19 +41,20 @@ class Workloads:
         return (time.perf_counter() - start) / rounds * 1e6
 
     async def deep(self, call: Call) -> object:
-        """4 KiB random reads a second, `depth` in flight."""
+        """4 KiB random reads a second by `Disk.read_into`, from `depth` tasks."""
         disk, depth, each = self._disk, call.number("depth"), call.number("requests") // call.number("depth")
         blocks = disk.size // PAGE
 
-        async def worker(seed: int) -> None:
-            dice = random.Random(seed)
-            places = [dice.randrange(blocks) * PAGE for _ in range(1024)]
+        dice = random.Random(depth)
+        lists = [[dice.randrange(blocks) * PAGE for _ in range(1024)] for _ in range(depth)]
+
+        async def worker(places: list[int]) -> None:
             buffer = memoryview(bytearray(PAGE))
             for i in range(each):
                 await disk.read_into(places[i & 1023], buffer)
 
         start = time.perf_counter()
-        await asyncio.gather(*(worker(i) for i in range(depth)))
+        await asyncio.gather(*map(worker, lists))
         return each * depth / (time.perf_counter() - start)
 
     async def sequential(self, call: Call) -> object:

@@ -8,8 +8,9 @@ import contextvars
 import pytest
 from tests.support.vbd import RawBack, rig
 
+from xenbus.drivers.block import diskio
 from xenbus.drivers.block.blkif import BLKIF_RSP_OKAY
-from xenbus.drivers.block.diskio import READ, Io
+from xenbus.drivers.block.diskio import READ
 from xenbus.errors import UsageError
 
 # asyncio.eager_task_factory came with Python 3.12.
@@ -17,6 +18,10 @@ FACTORIES = {
     "plain": None,
     **({"eager": asyncio.eager_task_factory} if hasattr(asyncio, "eager_task_factory") else {}),
 }
+
+
+def Io(op, offset, length, view):
+    return diskio.Io(op, offset, length, view, asyncio.get_running_loop())
 
 
 async def wait_for_it(io):

@@ -132,8 +132,9 @@ class Disk:
             raise UsageError(f"{self.name}: {length} bytes in one read; use read_into")
         if not length:
             return b""
-        io = Io(READ, offset, length, None)
-        result = await self._run(io)
+        io = Io(READ, offset, length, None, self._queue.loop)
+        self._queue.submit(io)
+        result = await io
         return result if result is not None else bytes(io.view or b"")
 
     async def read_into(self, offset: int, buffer: bytearray | memoryview, /) -> None:
@@ -149,8 +150,9 @@ class Disk:
             # The way of most I/O, written out: a cached page is read in less time than a coroutine costs.
             length = len(buffer)
             if length and not (offset | length) & geometry.mask and 0 <= offset <= geometry.size - length:
-                io = Io(READ, offset, length, buffer)
-                self._queue.submit(io)
+                queue = self._queue
+                io = Io(READ, offset, length, buffer, queue.loop)
+                queue.submit(io)
                 await io
                 return
         with memoryview(buffer) as given, given.cast("B") as view:
@@ -158,7 +160,7 @@ class Disk:
                 raise UsageError(f"{self.name}: read into a buffer that is read-only")
             await self._check(offset, len(view))
             if len(view):
-                await self._run(Io(READ, offset, len(view), view))
+                await self._run(READ, offset, len(view), view)
 
     async def write(self, offset: int, data: Buffer, /) -> None:
         """The data must not change until this is over. On stable storage only after `flush`."""
@@ -178,7 +180,7 @@ class Disk:
         """What was written is on stable storage. Nothing to do for a back end that keeps no cache."""
         geometry = await self.connected()
         if geometry.flush or geometry.barrier:
-            await self._run(Io(FLUSH, 0, 0, None))
+            await self._run(FLUSH, 0, 0, None)
 
     async def discard(self, offset: int, length: int, /) -> None:
         """Say that a range is of no use any more. Only whole granules of it are discarded, perhaps none.
@@ -193,7 +195,7 @@ class Disk:
         start = -(-(offset - shift) // grain) * grain + shift
         end = (offset + length - shift) // grain * grain + shift
         if start < end:
-            await self._run(Io(DISCARD, start, end - start, None))
+            await self._run(DISCARD, start, end - start, None)
 
     def open(self) -> DiskFile:
         """A file-like view with a position, for any offset and length."""
@@ -204,7 +206,7 @@ class Disk:
             await self._check(offset, len(view))
             self._writable()
             if len(view):
-                await self._run(Io(op, offset, len(view), view))
+                await self._run(op, offset, len(view), view)
 
     def _writable(self) -> Geometry:
         if self.geometry.readonly:
@@ -223,7 +225,8 @@ class Disk:
         if offset < 0 or length < 0 or offset + length > geometry.size:
             raise UsageError(f"{self.name}: {length} bytes at {offset}: the disk has {geometry.size}")
 
-    async def _run(self, io: Io) -> bytes | None:
+    async def _run(self, op: int, offset: int, length: int, view: memoryview | None) -> bytes | None:
+        io = Io(op, offset, length, view, self._queue.loop)
         self._queue.submit(io)
         return await io
 

@@ -56,6 +56,7 @@ class Io:
         "_asyncio_future_blocking",
         "_callback",
         "_context",
+        "_loop",
         "begun",
         "buffer",
         "error",
@@ -75,7 +76,12 @@ class Io:
     error: BaseException | None
     value: bytes | None
 
-    def __init__(self, op: int, offset: int, length: int, view: memoryview | None) -> None:
+    def __init__(
+        self, op: int, offset: int, length: int, view: memoryview | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        # A task asks for this of whoever has no `get_loop`, which would be a call for each I/O (and with
+        # get_running_loop in it, which asks for the process id, a system call before Python 3.12).
+        self._loop = loop
         self.op = op
         self.offset = offset
         self.length = length
@@ -113,7 +119,7 @@ class Io:
     def fail(self, error: BaseException) -> None:
         """`settle`, and `wake` when the loop comes to it."""
         self.settle(error)
-        asyncio.get_running_loop().call_soon(self.wake)
+        self._loop.call_soon(self.wake)
 
     # -- for the task that awaits it
 
@@ -137,16 +143,13 @@ class Io:
         self._callback = callback
         self._context = context if context is not None else copy_context()
         if self.over:
-            asyncio.get_running_loop().call_soon(self.wake)
+            self._loop.call_soon(self.wake)
 
     def cancel(self, msg: object = None) -> bool:
         if self.over:
             return False
         self.fail(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
         return True
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
 
 
 class Parts:

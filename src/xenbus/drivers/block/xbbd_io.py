@@ -28,7 +28,8 @@ from xenbus.drivers.block.xbbd_grants import GREF_MASK, Grants, Run, grefs_of, w
 from xenbus.drivers.block.xbbd_transfer import BadRequest, Counters, Transfer
 from xenbus.errors import HypervisorError, PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel
-from xenbus.ring.shared import BackRing
+from xenbus.ring.lookout import Lookout
+from xenbus.ring.shared import REQ_PROD, BackRing
 
 READ: Final = int(Op.READ)
 WRITE: Final = int(Op.WRITE)
@@ -69,6 +70,7 @@ class BackQueue:
         on_fatal: Callable[[PeerError], None],
     ) -> None:
         self._ring = ring
+        self._lookout = Lookout(ring.words, REQ_PROD)
         self._abi = abi
         self._storage = storage
         self._grants = grants
@@ -157,9 +159,11 @@ class BackQueue:
             self._push()
             if self._barrier or self._stopped:
                 return
-            if not ring.final_check_for_requests():
+            # As the front: while we look we are not notified. A task of ours would wait for us meanwhile.
+            more = slots and not self.inflight and self._lookout.moved(ring.req_cons)
+            if not more and not ring.final_check_for_requests():
                 return
-            budget -= len(slots) // ring.slot_size + self._done_sectors // SECTORS_PER_WORK
+            budget -= max(1, len(slots) // ring.slot_size + self._done_sectors // SECTORS_PER_WORK)
             if budget <= 0:
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._again)

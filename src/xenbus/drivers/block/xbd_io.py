@@ -37,7 +37,8 @@ from xenbus.drivers.block.diskio import (
 from xenbus.drivers.block.xbd_pool import Bin, Buffer, Pool
 from xenbus.errors import PeerError, UsageError
 from xenbus.hypervisor.interface import Channel
-from xenbus.ring.shared import FrontRing
+from xenbus.ring.lookout import Lookout
+from xenbus.ring.shared import RSP_PROD, FrontRing
 
 DEFAULT_TIMEOUT: Final = 60.0
 TICKS: Final = 8
@@ -55,12 +56,24 @@ class Connection:
     shadow:       what is in flight by id, oldest first (blkfronts call it so)
     """
 
-    __slots__ = ("abi", "channel", "free_ids", "handle", "max_segments", "pack_one", "pool", "ring", "shadow")
+    __slots__ = (
+        "abi",
+        "channel",
+        "free_ids",
+        "handle",
+        "lookout",
+        "max_segments",
+        "pack_one",
+        "pool",
+        "ring",
+        "shadow",
+    )
 
     def __init__(
         self, ring: FrontRing, channel: Channel, abi: Abi, pool: Pool, max_segments: int, handle: int
     ) -> None:
         self.ring = ring
+        self.lookout = Lookout(ring.words, RSP_PROD)
         self.channel = channel
         self.abi = abi
         self.pack_one = abi.one.pack_into
@@ -88,7 +101,7 @@ class Queue:
         self._on_broken = on_broken
         self._grow = grow
         self._overdue = overdue
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gone: Exception | None = None
@@ -190,7 +203,7 @@ class Queue:
                 if self._ticks - io.begun > TICKS and not io.over:
                     io.fail(self._overdue(io, self.timeout))
         if pending:
-            self._timer = self._loop.call_later(self.timeout / TICKS, self._tick)
+            self._timer = self.loop.call_later(self.timeout / TICKS, self._tick)
 
     # -- requests
 
@@ -200,7 +213,7 @@ class Queue:
             raise self._gone
         io.begun = self._ticks
         if self._timer is None:
-            self._timer = self._loop.call_later(self.timeout / TICKS, self._tick)
+            self._timer = self.loop.call_later(self.timeout / TICKS, self._tick)
         connection = self._connection
         issued = 0
         if connection is not None and connection.free_ids and not self._waiting and not self.held:
@@ -230,7 +243,7 @@ class Queue:
             else:
                 # Whoever else gets its turn in this round of the loop shares the notification.
                 self._push_scheduled = True
-                self._loop.call_soon(self._push)
+                self.loop.call_soon(self._push)
             if issued == io.length:
                 return
         self._waiting.append(Span(io, issued, io.length))
@@ -355,7 +368,7 @@ class Queue:
         if error is not None:
             self.fail(error)
         # Not now: an eager task may grow it before `submit` has said who waits.
-        self._loop.call_soon(self.pump)
+        self.loop.call_soon(self.pump)
 
     # -- responses
 
@@ -368,17 +381,23 @@ class Queue:
         try:
             while True:
                 done = self._take(connection)
-                if done:
+                worked = bool(done)
+                rounds += 1  # also without any: a peer that moves its index to and fro must not hold us
+                if worked:
                     self._wake(done)
-                    rounds += 1
                 if self._waiting:
                     self.pump()
                 elif not self._push_scheduled:
                     self._push()
-                if connection is not self._connection or not connection.ring.final_check_for_responses():
+                if connection is not self._connection:
+                    break
+                ring = connection.ring
+                # Nobody notifies us until the final check, so what comes while we look costs no wake-up.
+                more = worked and connection.shadow and connection.lookout.moved(ring.rsp_cons)
+                if not more and not ring.final_check_for_responses():
                     break
                 if rounds >= ROUNDS:
-                    self._loop.call_soon(self.kick)
+                    self.loop.call_soon(self.kick)
                     break
         except PeerError as error:
             self._on_broken(error)
@@ -416,9 +435,9 @@ class Queue:
 
     def _wake(self, done: list[Io]) -> None:
         """Their callers go on. What they submit meanwhile shares one notification."""
-        if asyncio.current_task(self._loop) is not None:
+        if asyncio.current_task(self.loop) is not None:
             for io in done:
-                self._loop.call_soon(io.wake)  # a task cannot be run from within another
+                self.loop.call_soon(io.wake)  # a task cannot be run from within another
             return
         scheduled, self._push_scheduled = self._push_scheduled, True
         done.reverse()
@@ -428,7 +447,7 @@ class Queue:
         finally:
             self._push_scheduled = scheduled
             for io in reversed(done):
-                self._loop.call_soon(io.wake)
+                self.loop.call_soon(io.wake)
 
     def _answered(self, io: Io, op: int, status: int) -> None:
         """The answer to an I/O of one request."""

@@ -47,7 +47,7 @@ class FileStorage:
         self.readonly = readonly
         self.discards = not readonly and _fallocate.can_punch(fd)
         self._workers = Workers(THREADS, "xenbus-disk")
-        self._in_memory = _on_tmpfs(fd)
+        self._read_flags = 0 if _on_tmpfs(fd) else os.RWF_NOWAIT
         self._nowait = True
         self._nowait_write = True
         self._inline_writes_from = 0.0  # on the monotonic clock
@@ -64,7 +64,7 @@ class FileStorage:
             return False
         try:
             # A part that is not cached, or an end of file that moved, comes back short: left to a thread.
-            return os.preadv(self._fd, buffers, offset, 0 if self._in_memory else os.RWF_NOWAIT) == length
+            return os.preadv(self._fd, buffers, offset, self._read_flags) == length
         except BlockingIOError:
             return False
         except OSError as error:
@@ -74,7 +74,14 @@ class FileStorage:
             raise from_oserror(error, self.target, f"read of {length} bytes", offset) from None
 
     def try_read_into(self, offset: int, buffer: memoryview, /) -> bool:
-        return self.try_readv(offset, (buffer,))
+        """What `try_readv` does, written out: most reads are of a cached page, at half of its price."""
+        length = buffer.nbytes
+        if not self._nowait or self._closing or offset < 0 or offset + length > self.size:
+            return self.try_readv(offset, (buffer,))
+        try:
+            return os.preadv(self._fd, (buffer,), offset, self._read_flags) == length
+        except OSError:
+            return self.try_readv(offset, (buffer,))  # it knows what each error means
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
         if total(buffers) > INLINE_READ_MAX or not self.try_readv(offset, buffers):
