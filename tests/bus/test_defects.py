@@ -391,6 +391,9 @@ def test_B13_resume_is_together_and_one_failure_stops_no_other(cancelled):
             await until(lambda: sum(d.device.attached for d in guest.front.devices.values()) == 3)
             devs = dict(guest.front.devices)
             assert await guest.front.suspend() == {}
+            if not cancelled:
+                await guest.store.close()
+                guest.store = await guest.connect()
             failures = await guest.front.resume(cancelled, store=guest.store, hv=guest.hv)
             assert list(failures) == ["device/toy/1"] and "no resume" in str(failures["device/toy/1"])
             assert all(("resume", cancelled) in dev.driver.heard for dev in devs.values())

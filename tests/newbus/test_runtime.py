@@ -111,7 +111,7 @@ def test_within():
 
 
 def test_a_callback_that_ends_as_cancelled_is_its_own_failure():
-    """Of a task that it awaited and somebody cancelled: not taken for a cancellation of whoever waits here."""
+    """Of a task that it awaited and somebody cancelled: not taken for a cancellation of who waits here."""
 
     async def run():
         async def stray():
