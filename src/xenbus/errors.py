@@ -26,6 +26,10 @@ class UsageError(XenbusError, ValueError):
     """The caller on this side asked for something that makes no sense."""
 
 
+class NotFound(XenbusError):
+    """What was named (a domain, a device, a variable) is not there."""
+
+
 class PeerError(XenbusError):
     """The other side broke the protocol; nothing it said after that is believed."""
 

@@ -149,3 +149,10 @@ def test_a_reader_that_has_had_enough_is_no_traceback():
     command = f"{sys.executable} -m xenbus.cli.main completion bash | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
     assert done.stderr == ""
+
+
+def test_without_its_extra_the_command_says_what_is_missing():
+    code = "import sys; sys.modules['click'] = None; from xenbus.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr == "xenbus: the command needs click: install xenbus[cli]\n"

@@ -14,7 +14,7 @@ from tests.support.hosts import Up, alive, place, wait_dead
 from xenbus.domain import host as module
 from xenbus.domain.host import Host
 from xenbus.domain.rpc import RemoteError, RpcClient
-from xenbus.errors import DeadlineError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, NotFound, UsageError, XenbusError
 from xenbus.toolstack.domains import Toolstack
 
 
@@ -159,7 +159,7 @@ def test_what_the_control_socket_refuses():
     async def test(host, toolstack):
         call = toolstack.host.call
         for method in ("destroy", "unpause", "wait_suspended", "rebirth", "resume", "wait_ended"):
-            with pytest.raises(RemoteError, match="no domain 99"):
+            with pytest.raises(NotFound, match="no domain 99"):
                 await call(method, domid=99)
             with pytest.raises(UsageError, match="domain 0"):
                 await call(method, domid=0)

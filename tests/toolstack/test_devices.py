@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from xenbus.bus import XenbusState as S
-from xenbus.errors import DeadlineError, UsageError
+from xenbus.errors import DeadlineError, NotFound, UsageError
 from xenbus.hypervisor.embedded import Machine
 from xenbus.toolstack.block import DiskSpec
 from xenbus.toolstack.devices import (
@@ -296,7 +296,7 @@ def test_an_orderly_detach_leaves_nothing_in_the_store():
         after.pop("/libxl/5")  # a domain's builder makes it
         after.pop("/libxl")
         assert after == before
-        with pytest.raises(UsageError, match="domain 5 has no vbd 51712"):
+        with pytest.raises(NotFound, match="domain 5 has no vbd 51712"):
             await detach_device(store, PATHS)
 
     run(test, attached=False)

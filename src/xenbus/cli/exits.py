@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from xenbus.errors import DeadlineError, Denied, LinkDown, NoEntry, UsageError, XenbusError
+from xenbus.errors import DeadlineError, Denied, LinkDown, NoEntry, NotFound, UsageError, XenbusError
 
 
 class Exit(IntEnum):
@@ -28,6 +28,7 @@ HELP = (
 _BY_TYPE: tuple[tuple[type[XenbusError], Exit], ...] = (
     (UsageError, Exit.USAGE),
     (NoEntry, Exit.NOT_FOUND),
+    (NotFound, Exit.NOT_FOUND),
     (Denied, Exit.DENIED),
     (DeadlineError, Exit.TIMEOUT),
     (LinkDown, Exit.NOT_RUNNING),
@@ -40,7 +41,7 @@ _BY_ERRNO = {
     "EPERM": Exit.DENIED,
     "ETIMEDOUT": Exit.TIMEOUT,
 }
-_BY_KIND = {kind.__name__: code for kind, code in _BY_TYPE} | {"NotFound": Exit.NOT_FOUND}
+_BY_KIND = {kind.__name__: code for kind, code in _BY_TYPE}
 
 
 def code_of(error: BaseException) -> Exit | None:

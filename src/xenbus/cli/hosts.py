@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xenbus.cli.context import need_dir
-from xenbus.domain.rpc import RemoteError
-from xenbus.errors import LinkDown, UsageError, XenbusError
+from xenbus.errors import LinkDown, NotFound, UsageError, XenbusError
 from xenbus.toolstack.devices import list_devices
 from xenbus.toolstack.domains import DomainInfo, Toolstack
 from xenbus.toolstack.paths import DevicePaths
@@ -102,7 +101,7 @@ async def find_device(toolstack: Toolstack, name: str) -> FoundDevice:
         ]
         found += [FoundDevice(info, device) for device in (*named, *recorded.values())]
     if not found:
-        raise RemoteError("NotFound", f"no device {name!r}" + ("" if wanted else " in any domain"))
+        raise NotFound(f"no device {name!r}" + ("" if wanted else " in any domain"))
     if len(found) > 1:
         choices = ", ".join(f"{each.domain.name}/{unit}" for each in found)
         raise UsageError(f"{unit} is in several domains: {choices}")

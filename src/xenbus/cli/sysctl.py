@@ -31,8 +31,8 @@ def command(directory: Path | None, as_json: bool, all_: bool, domain: str | Non
       xenbus sysctl -a --domain guest --dir /tmp/host
     """
     from xenbus.cli.hosts import ask_all, with_toolstack
-    from xenbus.domain.rpc import RemoteError, is_missing
-    from xenbus.errors import XenbusError
+    from xenbus.domain.rpc import is_missing
+    from xenbus.errors import NotFound, XenbusError
 
     if not all_ and not name:
         raise click.UsageError("which variable? Give a NAME, or -a")
@@ -50,7 +50,7 @@ def command(directory: Path | None, as_json: bool, all_: bool, domain: str | Non
             elif not is_missing(answer):
                 click.echo(f"xenbus: {info.name} does not answer: {answer}", err=True)
         if name and not any(found.values()):
-            raise RemoteError("NotFound", f"unknown oid {name!r}")
+            raise NotFound(f"unknown oid {name!r}")
         return found
 
     found = with_toolstack(directory, action)

@@ -21,7 +21,7 @@ from xenbus.domain.child import STOP_DEADLINE, Child
 from xenbus.domain.layout import CONTROL_DOMAIN, HostLayout, check_name
 from xenbus.domain.logs import keep_bounded, last_words
 from xenbus.domain.rpc import Call, RpcServer, check_socket_path
-from xenbus.errors import DeadlineError, LinkDown, UsageError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NotFound, UsageError, XenbusError
 from xenbus.hypervisor.broker import Broker
 from xenbus.hypervisor.interface import DOMID_FIRST_RESERVED
 
@@ -51,10 +51,6 @@ class ExitCode:
 
 
 _REASONS = {ExitCode.POWEROFF: "poweroff", ExitCode.REBOOT: "reboot", ExitCode.LOST_HOST: "lost"}
-
-
-class NotFound(XenbusError):
-    """No domain of that name or id."""
 
 
 @dataclass(slots=True)

@@ -65,9 +65,10 @@ async def run(given: argparse.Namespace, make: MakeRuntime = guest, around: Arou
     service = DomainService(runtime)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runtime.stop)
-        await runtime.start()
         stack.push_async_callback(service.close)
+        # Before the devices: whoever sees one Connected may ask, and a boot that hangs can be looked at.
         await service.serve(layout.control_socket(given.name))
+        await runtime.start()
         if around is not None:
             await stack.enter_async_context(around(runtime, layout))
         os.write(given.ready_fd, b"ready\n")

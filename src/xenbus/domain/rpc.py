@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, NotFound, PeerError, UsageError, XenbusError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SUN_PATH_MAX = 107  # sys/un.h: sun_path less its NUL
 CONNECTION_TASK, CALL_TASK = "rpc connection", "rpc call"
 
 # An error keeps its kind across the socket, so that the caller's exit code is right.
-_KINDS: dict[str, type[XenbusError]] = {"UsageError": UsageError, "PeerError": PeerError}
+_KINDS: dict[str, type[XenbusError]] = {kind.__name__: kind for kind in (NotFound, PeerError, UsageError)}
 
 
 class RemoteError(XenbusError):
@@ -253,9 +253,7 @@ class RpcClient:
         except PermissionError as error:
             raise LinkDown(f"{path}: {error.strerror}: this socket is another user's") from None
         except OSError as error:
-            raise LinkDown(
-                f"{path}: nobody answers there ({error.strerror}); is `xenbus up` running?"
-            ) from None
+            raise LinkDown(f"{path}: nobody answers there ({error.strerror})") from None
         return cls(path, reader, writer)
 
     async def call(
@@ -346,4 +344,4 @@ def _remote(error: dict[str, str]) -> XenbusError:
 
 def is_missing(error: XenbusError) -> bool:
     """Whether an error, ours or one that came over a control socket, says "not there"."""
-    return isinstance(error, NoEntry) or getattr(error, "kind", "") in {"NoEntry", "NotFound"}
+    return isinstance(error, (NoEntry, NotFound)) or getattr(error, "kind", "") == "NoEntry"

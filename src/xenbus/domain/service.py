@@ -13,8 +13,9 @@ from typing import Any
 
 from xenbus.bus.operations import Operable
 from xenbus.bus.tree import describe, lines
-from xenbus.domain.rpc import CALL_TASK, CONNECTION_TASK, Call, RemoteError, RpcServer
+from xenbus.domain.rpc import CALL_TASK, CONNECTION_TASK, Call, RpcServer
 from xenbus.domain.runtime import DomainRuntime
+from xenbus.errors import NotFound
 from xenbus.newbus import Device
 
 SYSCTL_MAX = 100_000  # lines of one answer
@@ -65,7 +66,7 @@ class DomainService:
         sysctl = self.runtime.tree.sysctl
         names = [name for _, name in zip(range(SYSCTL_MAX), sysctl.names(prefix), strict=False)]
         if prefix and not names:
-            raise RemoteError("NotFound", f"unknown oid {prefix!r}")
+            raise NotFound(f"unknown oid {prefix!r}")
         return [[name, sysctl.read(name)] for name in names]
 
     async def _counts(self, call: Call) -> object:
@@ -88,11 +89,11 @@ class DomainService:
         name, operation = call.text("device"), call.text("operation")
         device = self.runtime.tree.find(name)
         if device is None or not device.attached:
-            raise RemoteError("NotFound", f"{self.runtime.name} has no device {name!r}")
+            raise NotFound(f"{self.runtime.name} has no device {name!r}")
         table = _operations(device)
         if operation not in table:
             offered = ", ".join(table) or "none"
-            raise RemoteError("NotFound", f"{name} has no operation {operation!r}; it has: {offered}")
+            raise NotFound(f"{name} has no operation {operation!r}; it has: {offered}")
         return await table[operation](call)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from xenbus.bus import XenbusState, parse_state
-from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, NoEntry, NotFound, PeerError, UsageError, XenbusError
 from xenbus.toolstack.atomic import atomically
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction, Watch
@@ -200,7 +200,7 @@ async def detach_device(
     both buses take as the device's removal.
     """
     if not await store.exists(paths.record) and not await store.exists(paths.front):
-        raise UsageError(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
+        raise NotFound(f"domain {paths.front_domid} has no {paths.kind} {paths.devid}")
 
     await atomically(store, lambda tx: ask_to_close(tx, paths))
     orderly = await wait_closed(store, paths, timeout)

@@ -17,8 +17,8 @@ from typing import Any
 
 from xenbus.domain.host import DomainState
 from xenbus.domain.layout import HostLayout, check_name
-from xenbus.domain.rpc import RemoteError, RpcClient, is_missing
-from xenbus.errors import DeadlineError, StoreError, UsageError, XenbusError
+from xenbus.domain.rpc import RpcClient, is_missing
+from xenbus.errors import DeadlineError, LinkDown, NotFound, StoreError, UsageError, XenbusError
 from xenbus.toolstack.atomic import atomically
 from xenbus.toolstack.devices import (
     DeviceSpec,
@@ -67,7 +67,10 @@ class Toolstack:
     async def open(cls, root: Path) -> Toolstack:
         """LinkDown if no host runs there."""
         layout = HostLayout(root)
-        host = await RpcClient.connect(layout.host_socket)
+        try:
+            host = await RpcClient.connect(layout.host_socket)
+        except LinkDown as error:
+            raise LinkDown(f"{error}; is `xenbus up` running?") from None
         try:
             store = await Client.connect(f"unix:{layout.store_socket}")
         except BaseException:
@@ -91,11 +94,11 @@ class Toolstack:
         return [DomainInfo(**entry) for entry in await self.host.call("list")]
 
     async def find(self, name: str) -> DomainInfo:
-        """By name or by number. RemoteError of kind NotFound if there is none."""
+        """By name or by number. NotFound if there is none."""
         for info in await self.domains():
             if name in (info.name, str(info.domid)):
                 return info
-        raise RemoteError("NotFound", f"no domain {name!r}")
+        raise NotFound(f"no domain {name!r}")
 
     # -- life ----------------------------------------------------------------------------------------
 
