@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from tests.support.until import until
@@ -48,12 +49,21 @@ async def served(tmp_path, target, **options):
         await disk.close()
 
 
+def listens(socket) -> bool:
+    """A socket file is there before anybody listens on it. Fields as unix_seq_show of Linux has them."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[7:] == [str(socket)] and int(fields[3], 16) & 0x10000:  # __SO_ACCEPTCON
+            return True
+    return False
+
+
 @asynccontextmanager
 async def daemon(name, *args, socket):
     """A server of somebody else's on a unix socket."""
     process = await asyncio.create_subprocess_exec(program(name), *map(str, args))
     try:
-        await until(lambda: socket.exists() or process.returncode is not None, SECONDS)
+        await until(lambda: listens(socket) or process.returncode is not None, SECONDS)
         assert process.returncode is None
         yield
     finally:

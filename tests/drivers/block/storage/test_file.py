@@ -45,6 +45,26 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     assert refused("/dev/null").name == "EINVAL"
 
 
+def test_a_read_at_once_stays_on_the_disk(tmp_path):
+    """Also of the bytes that the file has and the disk has not; and none comes after close."""
+
+    async def main():
+        disk = await open_storage(str(image(tmp_path, 4096 + 100)), sector_size=512)
+        assert disk.size == 4096
+        await disk.read_into(0, view(bytes(4096)))
+        assert disk.try_read_into(3584, view(b"x" * 512))
+        for offset, length in ((4096, 100), (3584, 612), (-512, 512), (1 << 40, 512)):
+            untouched = view(b"x" * length)
+            with pytest.raises(StorageError) as caught:
+                disk.try_read_into(offset, untouched)
+            assert (caught.value.name, untouched) == ("EINVAL", b"x" * length)
+        await disk.close()
+        with pytest.raises(StorageError, match="closed"):
+            disk.try_read_into(0, view(bytes(512)))
+
+    asyncio.run(main())
+
+
 def test_an_open_disk_holds_one_descriptor_and_gives_it_back(tmp_path):
     async def main():
         before = descriptors()
