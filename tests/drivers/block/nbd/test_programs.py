@@ -59,11 +59,11 @@ def listens(socket) -> bool:
 
 
 @asynccontextmanager
-async def daemon(name, *args, socket):
-    """A server of somebody else's on a unix socket."""
+async def daemon(name, *args, socket, ready=listens):
+    """A server of somebody else's on a unix socket, or on whatever it makes `socket` for when it listens."""
     process = await asyncio.create_subprocess_exec(program(name), *map(str, args))
     try:
-        await until(lambda: listens(socket) or process.returncode is not None, SECONDS)
+        await until(lambda: ready(socket) or process.returncode is not None, SECONDS)
         assert process.returncode is None
         yield
     finally:
@@ -196,7 +196,10 @@ def test_our_client_over_tcp(tmp_path):
         ready = tmp_path / "pid"
         args = ("-f", "-i", "127.0.0.1", "-p", port, "-P", ready, "memory", "4M")
         where = f"nbd://127.0.0.1:{port}"
-        async with daemon("nbdkit", *args, socket=ready), await NbdClient.connect(where) as disk:
+        async with (
+            daemon("nbdkit", *args, socket=ready, ready=Path.exists),
+            await NbdClient.connect(where) as disk,
+        ):
             await exercise(disk, 4 << 20)
 
     asyncio.run(main())

@@ -59,8 +59,10 @@ def test_a_read_at_once_stays_on_the_disk(tmp_path):
                 disk.try_read_into(offset, untouched)
             assert (caught.value.name, untouched) == ("EINVAL", b"x" * length)
         await disk.close()
-        with pytest.raises(StorageError, match="closed"):
-            disk.try_read_into(0, view(bytes(512)))
+        with (tmp_path / "disk.img").open("rb") as other:
+            assert other.fileno() == disk._fd  # the number is somebody else's by now
+            with pytest.raises(StorageError, match="closed"):
+                disk.try_read_into(0, view(bytes(512)))
 
     asyncio.run(main())
 
