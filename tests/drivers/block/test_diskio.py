@@ -217,7 +217,9 @@ USES = [
 ]
 
 
-@pytest.mark.parametrize("debug", [True, False], ids=["debug", "not debug"])
+@pytest.mark.parametrize(
+    "debug", [pytest.param(True, id="debug"), pytest.param(False, id="not debug", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_every_kind_of_task_reads_a_disk(factory, debug):
     """And after each the queue has nobody left, and the next one reads as before."""
