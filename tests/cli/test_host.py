@@ -610,3 +610,13 @@ def test_a_demo_that_cannot_be_is_no_traceback(tmp_path, capsys):
     assert run(["demo", "--dir", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "disk.img").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", [0, 4096, (2 << 20) + 100])
+def test_a_demo_on_an_image_that_cannot_be_its_disk_says_so_first(tmp_path, capsys, size):
+    image = tmp_path / "odd.img"
+    with image.open("wb") as file:
+        file.truncate(size)
+    assert run(["demo", "--image", str(image), "--dir", str(tmp_path / "d")]) == 2
+    assert f"odd.img: {size} bytes; the demo needs" in capsys.readouterr().err
+    assert not (tmp_path / "d" / "disk.img").exists()

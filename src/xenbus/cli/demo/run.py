@@ -10,8 +10,9 @@ from pathlib import Path
 
 from xenbus.cli.demo.show import Data, Person, Show
 from xenbus.cli.demo.stage import Stage
-from xenbus.cli.demo.steps import GUEST, STEPS, give_disk
+from xenbus.cli.demo.steps import GUEST, SCRATCH, STEPS, give_disk
 from xenbus.drivers.block import image as shipped
+from xenbus.drivers.block.blkif import SECTOR_SIZE
 from xenbus.errors import UsageError, XenbusError
 
 
@@ -29,10 +30,19 @@ def run(*, as_json: bool, image: Path | None, hold: bool, directory: Path | None
                 shipped.write_to(disk)
             else:
                 shutil.copyfile(image, disk)
+                _check(image, disk.stat().st_size)
             return asyncio.run(_run(Stage(root, disk, show), hold))
         finally:
             if directory is not None:
                 disk.unlink(missing_ok=True)
+
+
+def _check(image: Path, size: int) -> None:
+    """UsageError for what could not be the demo's disk: it compares every byte, and writes at the end."""
+    if size < SCRATCH or size % SECTOR_SIZE:
+        raise UsageError(
+            f"{image}: {size} bytes; the demo needs {SCRATCH} or more, in whole sectors of {SECTOR_SIZE}"
+        )
 
 
 async def _run(stage: Stage, hold: bool) -> int:
