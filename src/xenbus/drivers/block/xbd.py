@@ -39,7 +39,10 @@ def number(raw: bytes) -> int:
     """A decimal number as the peer wrote it, below 2**64. ValueError."""
     if not raw.isdigit() or len(raw) > 20:
         raise ValueError(f"{raw[:32]!r} is not a number")
-    return int(raw)
+    value = int(raw)
+    if value >> 64:
+        raise ValueError(f"{value} is more than 64 bits hold")
+    return value
 
 
 @front_driver("vbd")
@@ -224,6 +227,8 @@ class Xbd(XenbusDriver):
         if sector < blkif.SECTOR_SIZE or sector > blkif.PAGE_SIZE or sector & (sector - 1):
             raise PeerError(f"sector-size {sector}: not a power of two from 512 to {blkif.PAGE_SIZE}")
         size = said["sectors"] << blkif.SECTOR_SHIFT  # in 512 bytes, whatever sector-size says
+        if size >> 63:
+            raise PeerError(f"sectors {said['sectors']}: more bytes than an offset (off_t, NBD) can name")
         geometry = Geometry(
             size // sector * sector, sector, readonly=bool(said["info"] & blkif.VDISK_READONLY)
         )
