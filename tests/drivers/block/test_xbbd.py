@@ -128,17 +128,10 @@ def indirect(front, op, count, refs=None, fill=None):
 
 
 # The same check again, with other numbers.
-TWINS = {
-    "255 segments",
-    "never granted write",
-    "far beyond the disk",
-    "discard of nothing",
-    "indirect barrier",
-    "65535 indirect",
-    "a ring-ref of 40 bits",
-    "an order that is none",
-    "a size that is none",
-}
+TWINS = (
+    "255 segments", "never granted write", "far beyond the disk", "discard of nothing", "indirect barrier",
+    "65535 indirect", "a ring-ref of 40 bits", "an order that is none", "a size that is none",
+)  # fmt: skip
 
 
 def marked(cases):
