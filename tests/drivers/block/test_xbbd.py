@@ -412,8 +412,8 @@ def test_an_attach_that_fails_closes_the_image(path, what):
             async with asyncio.timeout(5):
                 while "EIO" not in await r.error_of(r.bnode):  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
-            assert Failing.opened[0]._closing
-            assert path not in open_files()
+            # The error node is written while the failure is still on its way to attach's clean-up.
+            await until(lambda: Failing.opened[0]._closing and path not in open_files())
             await until(lambda: r.dom0.hv.held() == r.before[0])
 
     asyncio.run(run())
