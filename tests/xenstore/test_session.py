@@ -218,6 +218,14 @@ def test_the_kernel_answers_watches_without_a_number() -> None:
     assert second.told
 
 
+def test_a_quota_is_named() -> None:
+    session = make()
+    _, slot = watch(session, "/a", print)
+    (message,) = sent(session)
+    session.receive(encode(Op.ERROR, message.req_id, 0, b"E2BIG\0"))
+    assert str(slot.value) == "WATCH /a: E2BIG (the domain's quota of watches is used up)"
+
+
 def test_an_oversized_request_never_reaches_the_store() -> None:
     session = make()
     with pytest.raises(StoreError) as caught:

@@ -32,6 +32,15 @@ _WATCH = int(Op.WATCH)
 _UNWATCH = int(Op.UNWATCH)
 _START = int(Op.TRANSACTION_START)
 _END = int(Op.TRANSACTION_END)
+# What these names mean for these operations, for people: a quota of the domain that asked (4.17, and now).
+_QUOTAS = {
+    (_WATCH, "E2BIG"): "the domain's quota of watches is used up",
+    (_WATCH, "ENOSPC"): "the domain's quota of watches is used up",
+    (_START, "ENOSPC"): "the domain's quota of open transactions is used up",
+    (int(Op.WRITE), "ENOSPC"): "a quota: the owner's nodes, or the size of this one",
+    (int(Op.MKDIR), "ENOSPC"): "a quota: the owner's nodes, or the size of this one",
+    (_END, "ENOSPC"): "a quota: the owner's nodes",
+}
 # Nobody waits any more, but the store must still hear it, or it holds a watch or a transaction for ever.
 _SENT_ANYWAY = frozenset((_UNWATCH, _END))
 
@@ -253,7 +262,8 @@ class Session:
                 raise PeerError(f"{self.peer} answered {op_name(pending.op)} with {op_name(op)}")
             elif not pending.waiter.done():
                 name = parse_error(message.payload)
-                error = store_error(name, op_name(pending.op), pending.path, pending.tx_id)
+                words = _QUOTAS.get((pending.op, name), "")
+                error = store_error(name, op_name(pending.op), pending.path, pending.tx_id, words)
                 pending.waiter.set_exception(error)
         except PeerError as exc:
             # The link goes down for this, and with it whoever is still in `_sent`: not this one any more.
