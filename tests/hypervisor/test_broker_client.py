@@ -12,6 +12,7 @@ from tests.support.hypervisor_actor import open_files
 from tests.support.until import until
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 from xenbus.hypervisor.broker import Broker, connect
+from xenbus.hypervisor.broker_wire import RESERVE
 from xenbus.hypervisor.interface import Held
 
 
@@ -234,7 +235,7 @@ def test_arenas_are_kept_for_the_next_and_dropped_with_the_peer():
         assert open_files() <= base + 2
         broker.destroy(1)
         await zero.evtchn.alloc_unbound(1, lambda: None)
-        # The two sockets, its store page, and our spare arena, against one spare more than at first.
-        await until(lambda: open_files() == base - 3)
+        # Two sockets, its reserve and store page, and our spare arena, against one spare more than at first.
+        await until(lambda: open_files() == base - 3 - RESERVE)
 
     run(test)

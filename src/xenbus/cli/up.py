@@ -37,11 +37,15 @@ def command(directory: Path | None, quotas: tuple[str, ...], until_eof: bool, ve
 async def _up(root: Path, quotas: dict[str, int], until_eof: bool, verbose: bool) -> None:
     import asyncio
     import os
+    import resource
     import signal
 
     from xenbus.domain.host import Host
     from xenbus.errors import XenbusError
 
+    # Every pair of domains has doorbells, every arena a descriptor: take what the system allows.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     host = Host(root, quotas=quotas, verbose=verbose)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -49,7 +49,8 @@ class BrokerCall:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._receiver = wire.Receiver(sock, wire.FDS_MAX)
+        self.reserve = wire.Reserve(wire.RESERVE)
+        self._receiver = wire.Receiver(sock, wire.FDS_MAX, self.reserve)
         self._deadline = deadline
         self._event = event
         self._ended = ended
@@ -148,6 +149,7 @@ class BrokerCall:
                     self._lose("the broker closed the connection")
                     return
                 self._take(message)
+                self.reserve.fill()
         except (BlockingIOError, InterruptedError):
             pass
         except ProtocolError as error:
@@ -195,6 +197,7 @@ class BrokerCall:
             self._timer.cancel()
             self._timer = None
         self._sock.close()
+        self.reserve.close()
         for _, fds in self._out:
             wire.close_all(fds)
         self._out.clear()

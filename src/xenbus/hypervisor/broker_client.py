@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class BrokerHypervisor:
         self._peers: dict[int, _PeerArena] = {}
         self._mappings: dict[BrokerMapping, None] = {}
         self._mapped_pages = 0
-        self._links: dict[tuple[int, int], LinkEnd] = {}
+        self._links: dict[tuple[int, int], LinkEnd | None] = {}
         self._channels: dict[int, BrokerChannel] = {}
         self._start: StartInfo | None = None
 
@@ -385,7 +386,11 @@ class BrokerHypervisor:
         def accept(message: Message) -> BrokerChannel:
             (port, *_) = wire.PORT_STATE.unpack(message.payload)
             channel = self._add_channel(port, remote_domid, handler)
-            self._port_changed(message)
+            try:
+                self._port_changed(message)
+            except HypervisorError:
+                self._close_channel(channel)
+                raise
             channel.kick_self()  # event_channel.c: the binder looks once for what it missed
             return channel
 
@@ -412,17 +417,26 @@ class BrokerHypervisor:
             if len(message.fds) != 3 or side > 1:
                 wire.close_all(message.fds)
                 raise ProtocolError(f"a link with {len(message.fds)} descriptors")
-            self._links[number, side] = LinkEnd(message.fds, side)
+            self._links[number, side] = LinkEnd.kept(message.fds, side, self._call.reserve)
         channel = self._channels.get(port)
         if channel is None:
             return  # closed meanwhile
         if not number:
             channel.unbind()
             return
-        link = self._links.get((number, side))
-        if link is None or index >= wire.LINK_PORTS:
+        if (number, side) not in self._links or index >= wire.LINK_PORTS:
             raise ProtocolError(f"port {port} on a link that was not told")
+        link = self._links[number, side]
+        if link is None:
+            channel.unbind()
+            raise HypervisorError("EMFILE", f"port {port}: no descriptor was free for its doorbells")
         channel.bind(link, index)
+
+    def _port_event(self, message: Message) -> None:
+        try:
+            self._port_changed(message)
+        except HypervisorError as error:
+            logging.getLogger(__name__).error("%s", error)  # nobody asked for this message
 
     def _link_gone(self, message: Message) -> None:
         (number,) = wire.LINK.unpack(message.payload)
@@ -479,12 +493,11 @@ class BrokerHypervisor:
         return SuspendResult(bool(cancelled), domid)
 
     def _wipe(self) -> None:
-        """Everything held is gone: views raise ValueError, channels are silent. A slice that somebody kept
-        stays readable memory of nobody's."""
+        """Views raise ValueError, channels are silent; a slice that was kept is memory of nobody's."""
         for channel in list(self._channels.values()):
             channel.drop()
         self._channels.clear()
-        for link in self._links.values():
+        for link in filter(None, self._links.values()):
             link.close()
         self._links.clear()
         for mapping in list(self._mappings):
@@ -526,7 +539,7 @@ class BrokerHypervisor:
 
 
 _EVENTS: dict[int, Callable[[BrokerHypervisor, Message], None]] = {
-    Op.PORT: BrokerHypervisor._port_changed,
+    Op.PORT: BrokerHypervisor._port_event,
     Op.LINK_GONE: BrokerHypervisor._link_gone,
     Op.ARENA_GONE: BrokerHypervisor._arena_gone,
     Op.DEAD: BrokerHypervisor._domain_dead,

@@ -65,7 +65,7 @@ class Handle:
         self.renamed = False  # restored under another domid, and not told yet
         self.open = True
         self._sock = ours
-        self._receiver = wire.Receiver(ours, 1)
+        self._receiver = wire.Receiver(ours, 1, broker.reserve)
         self._out: dict[object, _Packet | _Builder] = {}
         self._reply_key = 0
         self._reading = False
@@ -117,6 +117,7 @@ class Handle:
                 reply = wire.encode(message.op, message.serial, status=refused.errno)
         finally:
             wire.close_all(message.fds)
+            self.broker.reserve.fill()
         if isinstance(reply, bytes):
             self._queue(None, _Packet(reply))
         elif reply is not None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from xenbus.hypervisor.broker_wire import LINK_PORTS, close_all
+from xenbus.hypervisor.broker_wire import LINK_PORTS, Reserve, close_all
 from xenbus.hypervisor.memory import Region, check_sealed
 
 # Where stores become visible in program order, an uncontended lock is all the fence that is missing (a
@@ -56,6 +56,16 @@ class LinkEnd:
         self.outbox = view[(1 - side) * LINK_PORTS : (2 - side) * LINK_PORTS]
         self._seen = self._inbox[:0]
         self._loop.add_reader(self._bell, self._wake)
+
+    @classmethod
+    def kept(cls, fds: tuple[int, ...], side: int, reserve: Reserve) -> LinkEnd | None:
+        """None if the doorbells would stay in the room that the next packet's descriptors need: without a
+        link its channels are of no use, without the reserve nothing is."""
+        link = cls(fds, side)
+        if reserve.fill():
+            return link
+        link.close()
+        return None
 
     def add(self, channel: BrokerChannel, index: int) -> None:
         """`channel` hears byte `index` from now on; what came before it was known here counts."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from xenbus.errors import LinkDown, UsageError
 from xenbus.hypervisor.broker_handle import Handle
 from xenbus.hypervisor.broker_tables import Domain, Tables
+from xenbus.hypervisor.broker_wire import Reserve
 from xenbus.hypervisor.interface import Held
 from xenbus.hypervisor.limits import Limits, check_domid
 
@@ -43,6 +44,7 @@ class Broker:
         # An arena costs us a descriptor: half of what the process may open is for everything else.
         self.tables = Tables(limits or Limits(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self.touched: dict[Handle, None] = {}
+        self.reserve = Reserve(1)  # an arena's
         self._handles: dict[Domain, list[Handle]] = {}
         self._unclaimed: set[Domain] = set()
         self._parked: dict[int, asyncio.Event] = {}
@@ -251,3 +253,4 @@ class Broker:
         """Takes every domain down. Idempotent."""
         for domid in self.domids():
             self.destroy(domid)
+        self.reserve.close()

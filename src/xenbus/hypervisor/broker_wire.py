@@ -23,6 +23,8 @@ VERSION: Final = 1
 MESSAGE_MAX: Final = 128 * 1024
 # net/unix: SCM_MAX_FD is 253.
 FDS_MAX: Final = 200
+# Kept free for a packet: a link has 3, a mapping one for each arena that is new to us, which is few.
+RESERVE: Final = 8
 MAP_ENTRIES_MAX: Final = 4096
 ARENA_PAGES_MAX: Final = 65536
 # Channels of one pair of handles, each way; the pending map of the pair has a byte for each.
@@ -143,13 +145,49 @@ def runs_of(refs: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+class Reserve:
+    """Descriptors set aside, so that those of a packet always find room.
+
+    A process that has none free loses them without a word but MSG_CTRUNC (unix(7)): the packet is spoilt, and
+    with it the connection. Lent for the receiving, filled again once the packet's were used.
+    """
+
+    __slots__ = ("_fds", "_wanted")
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._fds: list[int] = []
+        self.fill()
+
+    def fill(self) -> bool:
+        """False: this process is out of descriptors."""
+        try:
+            while len(self._fds) < self._wanted:
+                self._fds.append(os.eventfd(0, os.EFD_CLOEXEC))
+        except OSError:
+            return False
+        return True
+
+    def lend(self) -> None:
+        close_all(self._fds)
+        self._fds.clear()
+
+    def close(self) -> None:
+        self._wanted = 0
+        self.lend()
+
+
 class Receiver:
-    """Takes packets off a non-blocking socket into one buffer of its own."""
+    """Takes packets off a non-blocking socket into one buffer of its own.
 
-    __slots__ = ("_ancillary", "_buffer", "_sock", "_view")
+    reserve: lent for each packet; whoever uses the packet's descriptors fills it again
+    """
 
-    def __init__(self, sock: socket.socket, max_fds: int) -> None:
+    __slots__ = ("_ancillary", "_buffer", "_reserve", "_sock", "_view")
+
+    def __init__(self, sock: socket.socket, max_fds: int, reserve: Reserve | None = None) -> None:
         self._sock = sock
+        self._reserve = reserve
         self._buffer = bytearray(MESSAGE_MAX)
         self._view = memoryview(self._buffer)
         self._ancillary = socket.CMSG_SPACE(max_fds * 4)
@@ -157,13 +195,20 @@ class Receiver:
     def receive(self) -> Message | None:
         """The next message, None at end of file. BlockingIOError when there is none yet, ProtocolError for a
         packet that is too long, has too many descriptors, or is too short for a header."""
-        count, ancillary, flags, _ = self._sock.recvmsg_into(
-            [self._buffer], self._ancillary, socket.MSG_CMSG_CLOEXEC
-        )
+        if self._reserve is not None:
+            self._reserve.lend()
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into(
+                [self._buffer], self._ancillary, socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            if self._reserve is not None:
+                self._reserve.fill()
+            raise
         fds = _descriptors(ancillary)
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ProtocolError("a packet too long, or too many descriptors with it")
+                raise ProtocolError("a packet too long, or with more descriptors than were free here")
             if count == 0:
                 if fds:
                     raise ProtocolError("an empty packet")
