@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 import json
+import os
+import resource
+import socket
 import stat
 
 import pytest
 
+from xenbus.domain import rpc
 from xenbus.domain.rpc import REQUEST_MAX, SUN_PATH_MAX, RemoteError, RpcClient, RpcServer
 from xenbus.errors import DeadlineError, LinkDown, NoEntry, UsageError
 
@@ -212,3 +216,35 @@ def test_a_path_that_no_socket_can_have_is_said_plainly(tmp_path):
     path = tmp_path / ("x" * SUN_PATH_MAX)
     with pytest.raises(UsageError, match="at most"):
         asyncio.run(RpcClient.connect(path))
+
+
+def test_out_of_descriptors_it_waits_quietly_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(rpc, "ACCEPT_PAUSE", 0.02)
+
+    async def echo(call):
+        return "here"
+
+    async def main():
+        server = await _serve(tmp_path / "s", echo=echo)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+        caller, taken = socket.socket(socket.AF_UNIX), []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.eventfd(0))
+            caller.connect(str(tmp_path / "s"))
+            loop = asyncio.get_running_loop()
+            await asyncio.sleep(0.2)
+            # Timers that breed would have taken every turn of the loop by now.
+            assert len(loop._scheduled) < 10
+        finally:
+            for fd in taken:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        async with await RpcClient.connect(tmp_path / "s") as client:
+            assert await client.call("echo", timeout=5) == "here"
+        caller.close()
+        await server.close()
+
+    asyncio.run(main())

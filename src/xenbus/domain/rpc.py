@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 REQUEST_MAX = 1 << 20  # bytes of one request line
 REPLY_MAX = 64 << 20  # bytes of one reply line: a tree of 10 000 devices is a few MiB
 CONNECTIONS_MAX = 64
+ACCEPT_PAUSE = 0.5  # seconds without a caller when this process is out of descriptors
 CLOSE_DEADLINE = 5.0  # seconds for a connection to end: its calls, what they left open, its last reply
 IN_FLIGHT_MAX = 16
 SUN_PATH_MAX = 107  # sys/un.h: sun_path less its NUL
@@ -98,7 +100,8 @@ class RpcServer:
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         self.methods = methods
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[_Connection] = set()
         self._path: Path | None = None
         self._inode = 0
@@ -107,21 +110,50 @@ class RpcServer:
         check_socket_path(path)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._server = await asyncio.start_unix_server(self._accept, path, limit=REQUEST_MAX)
+            listener.bind(os.fspath(path))
+        except BaseException:
+            listener.close()
+            raise
         finally:
             os.umask(before)
+        listener.listen(CONNECTIONS_MAX)
+        listener.setblocking(False)
+        self._listener = listener
         self._path = path
         self._inode = path.stat().st_ino
+        self._listen()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= CONNECTIONS_MAX:
-            log.warning("control socket: more than %d connections, one refused", CONNECTIONS_MAX)
-            writer.close()
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._acceptable, self._listener)
+
+    def _acceptable(self, listener: socket.socket) -> None:
+        """Not asyncio's own server: out of descriptors, 3.11's makes a timer for each place of its backlog,
+        each of which makes as many again, and never sleeps any more."""
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
-        if (task := asyncio.current_task()) is not None:
-            task.set_name(CONNECTION_TASK)
+        except OSError as error:
+            log.warning("control socket: no caller is taken for %g s: %s", ACCEPT_PAUSE, error.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(ACCEPT_PAUSE, self._listen)
+            return
+        if len(self._tasks) >= CONNECTIONS_MAX:
+            log.warning("control socket: more than %d connections, one refused", CONNECTIONS_MAX)
+            sock.close()
+            return
+        task = asyncio.create_task(self._serve_one(sock), name=CONNECTION_TASK)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve_one(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=REQUEST_MAX)
         connection = _Connection(self.methods, reader, writer)
         self._connections.add(connection)
         try:
@@ -130,9 +162,11 @@ class RpcServer:
             self._connections.discard(connection)
 
     async def close(self) -> None:
-        if self._server is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
-        self._server.close()
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.close()
         ending = [asyncio.ensure_future(c.finished.wait()) for c in self._connections]
         for connection in self._connections:
             connection.reader.feed_eof()  # as if the caller had gone
@@ -142,7 +176,6 @@ class RpcServer:
                 task.cancel()
             if late:
                 log.warning("control socket: %d connections did not end", len(late))
-        self._server = None
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
                 # Not a successor's socket: ours may have been replaced already.
