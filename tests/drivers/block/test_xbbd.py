@@ -384,6 +384,20 @@ def test_an_image_that_cannot_be_opened(target):
     asyncio.run(run())
 
 
+def test_an_image_of_less_than_a_sector_is_no_disk(path):
+    path.write_bytes(b"x" * 511)
+
+    async def run():
+        async with rig() as r:
+            await r.plug(str(path))
+            async with asyncio.timeout(5):
+                while "not one sector" not in await r.error_of(r.bnode):  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+            await until(lambda: path not in open_files())
+
+    asyncio.run(run())
+
+
 FAILURES = {
     "its state cannot be written": (StoreOp.TRANSACTION_START, ""),
     "discard-enable cannot be read": (StoreOp.READ, "/discard-enable"),

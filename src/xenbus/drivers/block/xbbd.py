@@ -159,11 +159,14 @@ class Xbbd(XenbusDriver):
         storage = await open_storage(
             said["params"], readonly=said["mode"] == "r", sector_size=said["sector-size-wanted"] or None
         )
+        wrong = ""
         if storage.sector_size > blkif.PAGE_SIZE:
+            wrong = f"sectors of {storage.sector_size} bytes are longer than a page"
+        elif not storage.size:
+            wrong = f"it has not one sector of {storage.sector_size} bytes"
+        if wrong:
             await storage.close()
-            raise UsageError(
-                f"{storage.target}: sectors of {storage.sector_size} bytes are longer than a page"
-            )
+            raise UsageError(f"{storage.target}: {wrong}")
         self._storage = storage
         return storage
 
