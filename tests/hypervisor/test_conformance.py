@@ -186,7 +186,7 @@ def test_refs_in_any_order_make_one_row(run):
         assert await back.peek(mixed, 4096, 4) == b"one0"
         kept = await back.keep_slice(mixed, 4096, 4)
         await back.unmap(mixed)
-        assert await back.peek_slice(kept) == b"one0"  # late, and no crash
+        assert await back.peek_slice(kept) in (b"one0", bytes(4))  # late, and no crash
         assert await back.held() == [0, 0, 0]
 
     run(test)

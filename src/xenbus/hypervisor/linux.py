@@ -193,7 +193,7 @@ class LinuxHypervisor:
     ) -> None:
         """What the kernel does when `pages` (mapped or granted by this handle) are given back, by us or by
         the end of this process: sets the byte at offset `clear_byte` to 0, kicks `channel`. There is one such
-        order for a mapping, and for each granted page; another call replaces it, with neither withdraws it."""
+        order for a mapping, and for each granted page; another call replaces it, with neither ends it."""
         self._check_open()
         if pages not in self._mapped and pages not in self._granted:
             raise UsageError("pages that this handle does not hold")

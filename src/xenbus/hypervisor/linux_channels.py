@@ -99,7 +99,7 @@ class PortTable:
     def bind_interdomain(
         self, remote_domid: int, remote_port: int, handler: Callable[[], None]
     ) -> LinuxChannel:
-        """HypervisorError EPERM: Xen says EINVAL alike of a port that is not there, not ours or bound."""
+        """HypervisorError ENOENT: Xen says EINVAL alike of a port that is not there, not ours or bound."""
         what = f"port {remote_port} of domain {remote_domid}"
         if not 0 <= remote_port < 1 << 32:
             raise HypervisorError("ENOENT", what)
@@ -155,7 +155,7 @@ class PortTable:
 
 
 # xen/common/event_channel.c, evtchn_bind_interdomain: ESRCH for a domain that is not there.
-_BIND_ERRORS = {"EINVAL": "EPERM", "ESRCH": "ENOENT"}
+_BIND_ERRORS = {"EINVAL": "ENOENT", "ESRCH": "ENOENT"}
 
 if TYPE_CHECKING:
     _CHANNEL: type[Channel] = LinuxChannel
