@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all check lint bench clean
+.PHONY: demo test test-all check lint bench xen-test xen-shell clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +36,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A real Xen under QEMU's software emulation, no root needed; its parts are built once and kept, see tools/xen/README.md.
+xen-test:
+	$(PYTHON) tools/xen/lab.py test $(XEN)
+
+xen-shell:
+	$(PYTHON) tools/xen/lab.py shell
+
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH)
 
 clean:
-	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

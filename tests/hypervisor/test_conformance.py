@@ -374,7 +374,7 @@ def test_what_was_published_before_the_last_kick_is_seen(run):
                 done.set()
 
         mine, my_port = await front.port(0)
-        channel = await back.hv.evtchn.bind_interdomain(1, my_port, look)
+        channel = await back.bind_handler(1, my_port, look)
         other = await back.bind(1, port)  # a second channel of the same link, quiet
         await front.barrier()
         await front.count_up(mine, pages, last)

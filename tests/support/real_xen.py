@@ -55,6 +55,9 @@ class SelfActor(Actor):
     async def bind(self, remote_domid, remote_port):
         return await super().bind(self._real(remote_domid), remote_port)
 
+    async def bind_handler(self, remote_domid, remote_port, handler):
+        return await super().bind_handler(self._real(remote_domid), remote_port, handler)
+
 
 class SelfRig:
     """The rig of the conformance suite, over dom0 with itself. `host` is what the suite asks for counts."""

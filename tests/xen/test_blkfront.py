@@ -1,4 +1,4 @@
-"""Linux's xen-blkfront in a PV guest, our xbbd in dom0: handshake, checksums both ways, a filesystem, unplug."""
+"""Linux's xen-blkfront in a PV guest, our xbbd in dom0: checksums both ways, a filesystem, unplug."""
 
 from __future__ import annotations
 

@@ -46,12 +46,15 @@ class LinuxChannel:
             self._owner.deliver_soon(self)
 
     def deliver(self) -> bool:
-        """Runs the handler unless masked or closed; answers whether the port is to be enabled again."""
+        """Runs the handler unless masked or closed; answers whether the port is to be enabled again.
+
+        A masked port is: events that wait in Xen and one that waits here would be two calls on unmask.
+        """
         if self._closed:
             return False
         if self._masked:
             self._pending = True
-            return False
+            return True
         self._pending = False
         try:
             self._handler()
@@ -59,8 +62,9 @@ class LinuxChannel:
             self._owner.failed(self, error)
         return not self._closed
 
-    def deliver_pending(self) -> bool:
-        return self._pending and self.deliver()
+    def deliver_pending(self) -> None:
+        if self._pending:
+            self.deliver()
 
     async def close(self) -> None:
         self.drop()
@@ -129,11 +133,7 @@ class PortTable:
         self._enable([channel for channel in told if channel is not None and channel.deliver()])
 
     def deliver_soon(self, channel: LinuxChannel) -> None:
-        self._loop.call_soon(self._deliver, channel)
-
-    def _deliver(self, channel: LinuxChannel) -> None:
-        if channel.deliver_pending():
-            self._enable([channel])
+        self._loop.call_soon(channel.deliver_pending)
 
     def _enable(self, channels: Iterable[LinuxChannel]) -> None:
         """A port closed by a later handler of the same turn is no longer ours: the kernel skips it."""
