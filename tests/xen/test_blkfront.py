@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,60 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.real_xen import dom0_ports
+from tests.support.dom0 import MIB, dom0, plugged, random_file, sha256
 from tests.support.xl_guest import XlGuest, xl_guest
 from xenbus.domain.runtime import DomainRuntime
-from xenbus.hypervisor.interface import Held
-from xenbus.hypervisor.linux import LinuxHypervisor
-from xenbus.toolstack.block import DiskSpec
-from xenbus.toolstack.devices import detach_device, wait_connected, write_device
-from xenbus.xenstore.client import Client
 
-MIB = 1 << 20
-HANDSHAKE = 60.0  # seconds, under emulation
 pytestmark = pytest.mark.timeout(300)
 
 
 @asynccontextmanager
-async def dom0() -> AsyncIterator[DomainRuntime]:
-    """dom0's back bus in this process. Nothing is held when it ends."""
-    store = await Client.connect("/dev/xen/xenbus")
-    hv = LinuxHypervisor(int(await store.read_str("domid")))
-    await store.close()
-    ports = dom0_ports()
-    runtime = DomainRuntime("Domain-0", hv, lambda: Client.connect("/dev/xen/xenbus"))
-    try:
-        await runtime.start()
-        yield runtime
-    finally:
-        await runtime.stop()
-        held = hv.held()
-        await hv.close()
-    assert held == Held(0, 0, 0)
-    assert dom0_ports() == ports
-
-
-@asynccontextmanager
 async def disk(runtime: DomainRuntime, guest: XlGuest, target: Path, **options) -> AsyncIterator[str]:
-    """/dev/xvda in the guest, over `target`; unplugged in order afterwards."""
-    spec = DiskSpec(guest.domid, str(target), **options).device()
-    await write_device(runtime.store, spec)
-    await wait_connected(runtime.store, spec.paths, HANDSHAKE)
-    await guest.run("for i in $(seq 100); do [ -b /dev/xvda ] && break; sleep 0.1; done; [ -b /dev/xvda ]")
-    yield "/dev/xvda"
-    assert await detach_device(runtime.store, spec.paths, timeout=HANDSHAKE)
-    assert not await runtime.store.exists(spec.paths.back)
-    assert not await runtime.store.exists(spec.paths.front)
-
-
-def random_file(path: Path, size: int) -> str:
-    data = random.Random(7).randbytes(size)
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """/dev/xvda in the guest, over `target`."""
+    async with plugged(runtime, guest.domid, str(target), **options):
+        await guest.run(
+            "for i in $(seq 100); do [ -b /dev/xvda ] && break; sleep 0.1; done; [ -b /dev/xvda ]"
+        )
+        yield "/dev/xvda"
 
 
 def test_reads_and_writes_arrive(tmp_path):

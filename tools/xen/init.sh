@@ -32,7 +32,7 @@ if [ "$MODE" = shell ]; then
   export TERM=linux
   busybox setsid busybox cttyhack bash
 else
-  timeout -k 10 "$SECONDS_MOST" python3 -m pytest -p no:cacheprovider --junitxml=/results/junit.xml $ARGS
+  timeout -k 10 "$SECONDS_MOST" python3 -u -m pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml $ARGS
   echo $? >/results/exit
   timeout 20 xenstore-ls -f -p >/results/store.txt 2>&1
   timeout 20 xl list -v >/results/domains.txt 2>&1
