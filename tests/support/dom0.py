@@ -18,7 +18,7 @@ from xenbus.xenstore.client import Client
 
 MIB = 1 << 20
 HANDSHAKE = 60.0  # seconds, under emulation
-STORE = "/dev/xen/xenbus"
+STORE = "/run/xenstored/socket"
 
 
 @asynccontextmanager

@@ -27,16 +27,17 @@ xenconsoled --log=all --log-dir=/var/log/xen/console --pid-file=/run/xenconsoled
 cat /guest/base.cpio /guest/init.cpio >/guest/initrd
 cd /xenbus
 . /job
+eval "set -- $ARGS"
 echo "== dom0 is up after $(cut -d' ' -f1 /proc/uptime) s"
 if [ "$MODE" = shell ]; then
   export TERM=linux
   busybox setsid busybox cttyhack bash
 else
-  timeout -k 10 "$SECONDS_MOST" python3 -u -m pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml $ARGS
+  timeout -s INT -k 20 "$SECONDS_MOST" python3 -u -m pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml "$@"
   echo $? >/results/exit
-  timeout 20 xenstore-ls -f -p >/results/store.txt 2>&1
-  timeout 20 xl list -v >/results/domains.txt 2>&1
-  timeout 20 xl dmesg >/results/xen.log 2>&1
+  timeout -k 1 20 xenstore-ls -f -p >/results/store.txt 2>&1
+  timeout -k 1 20 xl list -v >/results/domains.txt 2>&1
+  timeout -k 1 20 xl dmesg >/results/xen.log 2>&1
   dmesg >/results/dom0.log
   mkdir -p /results/consoles
   cp -r /var/log/xen/. /results/consoles/
