@@ -35,6 +35,7 @@ if [ "$MODE" = shell ]; then
 else
   timeout -s INT -k 20 "$SECONDS_MOST" python3 -u -m pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml "$@"
   echo $? >/results/exit
+  pidof xenstored >/dev/null || echo "== xenstored has died"
   timeout -k 1 20 xenstore-ls -f -p >/results/store.txt 2>&1
   timeout -k 1 20 xl list -v >/results/domains.txt 2>&1
   timeout -k 1 20 xl dmesg >/results/xen.log 2>&1
