@@ -18,9 +18,7 @@ from xenbus.xenstore.client import Client
 
 MIB = 1 << 20
 HANDSHAKE = 60.0  # seconds, under emulation
-# Not the kernel's device: with it a plug of a disk ended, three times of three, with the stock xenstored not
-# answering the kernel's ring any more (the process in D in xs_talkv). Why is not known yet.
-STORE = "/run/xenstored/socket"
+STORE = "/dev/xen/xenbus"
 
 
 @asynccontextmanager
