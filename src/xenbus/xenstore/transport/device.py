@@ -19,8 +19,8 @@ from xenbus.xenstore.transport._stream import READ_SIZE, StreamTransport, wait_f
 from xenbus.xenstore.wire.message import HEADER, Op, encode
 
 DEVICE = "/dev/xen/xenbus"
-# With more than one request under way replies were wrong and the ring stood still, on Linux 6.1: the kernel seems
-# to build the next message where the one before still waits to be written.
+# With more than one request under way replies were wrong and the ring stood still, on Linux 6.1: the kernel
+# seems to build the next message where the one before still waits to be written.
 ONE_AT_A_TIME = 1
 # What the device says of itself, not of one message.
 _GONE = frozenset((errno.EBADF, errno.ENODEV, errno.ENXIO, errno.EPIPE, errno.ECONNRESET))
