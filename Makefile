@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench clean
+.PHONY: help demo test test-all check lint bench xen-test xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -42,5 +42,12 @@ lint: $(STAMP) ## ruff, mypy, the import rules
 bench: $(STAMP) ## benchmarks (BENCH="--quick block")
 	$(BIN)/python -m bench $(BENCH)
 
+# A real Xen under QEMU's software emulation; its parts are built once and kept, see tools/xen/README.md.
+xen-test: ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
+	$(PYTHON) tools/xen/lab.py test $(XEN)
+
+xen-shell: ## a prompt in that dom0
+	$(PYTHON) tools/xen/lab.py shell
+
 clean: ## removes what the others made
-	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -186,7 +186,7 @@ def test_refs_in_any_order_make_one_row(run):
         assert await back.peek(mixed, 4096, 4) == b"one0"
         kept = await back.keep_slice(mixed, 4096, 4)
         await back.unmap(mixed)
-        assert await back.peek_slice(kept) == b"one0"  # late, and no crash
+        assert await back.peek_slice(kept) in (b"one0", bytes(4))  # late, and no crash
         assert await back.held() == [0, 0, 0]
 
     run(test)
@@ -374,7 +374,7 @@ def test_what_was_published_before_the_last_kick_is_seen(run):
                 done.set()
 
         mine, my_port = await front.port(0)
-        channel = await back.hv.evtchn.bind_interdomain(1, my_port, look)
+        channel = await back.bind_handler(1, my_port, look)
         other = await back.bind(1, port)  # a second channel of the same link, quiet
         await front.barrier()
         await front.count_up(mine, pages, last)

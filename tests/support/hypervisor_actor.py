@@ -113,6 +113,10 @@ class Actor:
         assert channel.remote_domid == remote_domid
         return number
 
+    async def bind_handler(self, remote_domid, remote_port, handler):
+        """The channel itself, with a handler of the caller's: for a domain in this process."""
+        return await self.hv.evtchn.bind_interdomain(remote_domid, remote_port, handler)
+
     async def notify(self, number, times=1):
         for _ in range(times):
             self.things[number].notify()

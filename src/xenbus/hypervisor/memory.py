@@ -7,6 +7,7 @@ reach stays mapped until the last memoryview on it is gone, so a stale view neve
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -49,7 +50,7 @@ _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctyp
 def _check(result: int | None, what: str) -> None:
     if result is None or result == _MAP_FAILED:
         number = ctypes.get_errno()
-        raise HypervisorError("ENOMEM", f"{what}: {os.strerror(number)}")
+        raise HypervisorError(errno.errorcode.get(number, "ENOMEM"), f"{what}: {os.strerror(number)}")
 
 
 class Region:
@@ -73,12 +74,13 @@ class Region:
         self.view = memoryview(self._map)
 
     @classmethod
-    def of_fd(cls, fd: int, length: int, *, writable: bool) -> Region:
-        """All of the memfd `fd`. The descriptor is not kept (mmap.mmap would hold a duplicate of it)."""
+    def of_fd(cls, fd: int, length: int, *, writable: bool, offset: int = 0) -> Region:
+        """`length` bytes of the memfd or device `fd`. The descriptor is not kept (mmap.mmap would hold a
+        duplicate of it). HypervisorError with what mmap(2) says."""
         region = cls(length, shared=False)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
-            result = _libc.mmap(region.address, length, protection, _MAP_SHARED | _MAP_FIXED, fd, 0)
+            result = _libc.mmap(region.address, length, protection, _MAP_SHARED | _MAP_FIXED, fd, offset)
             _check(result, f"mapping {length} bytes")
         except HypervisorError:
             region.close()
@@ -123,6 +125,17 @@ class Region:
             self._map.close()
         except BufferError:
             pass  # a slice is still alive; the mmap object goes with it
+
+    def detach(self) -> None:
+        """As `close`, but what was mapped is gone now in any case: late slices are over zeros of nobody's."""
+        release(self.view)
+        try:
+            self._map.close()
+        except BufferError:
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+            result = _libc.mmap(self.address, self.length, protection, flags, -1, 0)
+            _check(result, f"covering {self.length} bytes")
 
 
 def release(view: memoryview) -> None:

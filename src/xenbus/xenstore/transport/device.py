@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from xenbus.errors import WIRE_ERRORS, LinkDown
-from xenbus.xenstore.transport import GUEST_OUTSTANDING, Receiver, register
+from xenbus.xenstore.transport import Receiver, register
 from xenbus.xenstore.transport._stream import READ_SIZE, StreamTransport, wait_fd
 from xenbus.xenstore.wire.message import HEADER, Op, encode
 
 DEVICE = "/dev/xen/xenbus"
+# With more than one request under way replies were wrong and the ring stood still, on Linux 6.1: the kernel
+# seems to build the next message where the one before still waits to be written.
+ONE_AT_A_TIME = 1
 # What the device says of itself, not of one message.
 _GONE = frozenset((errno.EBADF, errno.ENODEV, errno.ENXIO, errno.EPIPE, errno.ECONNRESET))
 _NAMES = {number: name for name, number in WIRE_ERRORS.items()}
@@ -45,7 +48,7 @@ def write_message(fd: int, message: bytes) -> bytes:
 class DeviceTransport(StreamTransport):
     """An open descriptor of the device, owned from now on."""
 
-    max_outstanding = GUEST_OUTSTANDING
+    max_outstanding = ONE_AT_A_TIME
 
     def __init__(self, fd: int, peer: str = DEVICE) -> None:
         os.set_blocking(fd, False)
@@ -78,7 +81,7 @@ class DeviceTransport(StreamTransport):
 class DevicePipe:
     """The same device for a caller that blocks."""
 
-    max_outstanding = GUEST_OUTSTANDING
+    max_outstanding = ONE_AT_A_TIME
 
     def __init__(self, fd: int, peer: str = DEVICE) -> None:
         os.set_blocking(fd, False)

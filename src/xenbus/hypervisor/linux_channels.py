@@ -1,0 +1,161 @@
+"""Event channels by /dev/xen/evtchn: one descriptor and one reader for all ports of a handle.
+
+May know the ABI and the interface. The kernel disables a port when it tells of an event and enables it when
+the port is written back (drivers/xen/evtchn.c): that is done after the handler has run, so that a storm of
+events costs one wake-up a run of the handler, and nothing is lost, as a disabled port stays pending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from xenbus.errors import HypervisorError
+from xenbus.hypervisor import linux_abi as abi
+from xenbus.hypervisor.interface import PAGE_SIZE, Channel
+
+
+class LinuxChannel:
+    """Channel."""
+
+    __slots__ = ("_closed", "_handler", "_masked", "_owner", "_pending", "port", "raw_port", "remote_domid")
+
+    def __init__(self, owner: PortTable, port: int, remote_domid: int, handler: Callable[[], None]) -> None:
+        self._owner = owner
+        self._handler = handler
+        self._masked = False
+        self._pending = False
+        self._closed = False
+        self.port = port
+        self.raw_port = abi.PORT.pack(port)
+        self.remote_domid = remote_domid
+
+    def notify(self) -> None:
+        if not self._closed:
+            abi.call(self._owner.fd, abi.IOCTL_EVTCHN_NOTIFY, self.raw_port, f"kicking port {self.port}")
+
+    def mask(self) -> None:
+        self._masked = True
+
+    def unmask(self) -> None:
+        self._masked = False
+        if self._pending:
+            self._owner.deliver_soon(self)
+
+    def deliver(self) -> bool:
+        """Runs the handler unless masked or closed; answers whether the port is to be enabled again.
+
+        A masked port is: events that wait in Xen and one that waits here would be two calls on unmask.
+        """
+        if self._closed:
+            return False
+        if self._masked:
+            self._pending = True
+            return True
+        self._pending = False
+        try:
+            self._handler()
+        except Exception as error:  # noqa: BLE001 - the other ports of this turn are still to be served
+            self._owner.failed(self, error)
+        return not self._closed
+
+    def deliver_pending(self) -> None:
+        if self._pending:
+            self.deliver()
+
+    async def close(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._owner.unbind(self)
+
+
+class PortTable:
+    """EventChannels. The device is opened with the first port and closed by `close`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._fd: int | None = None
+        self._channels: dict[int, LinuxChannel] = {}
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    @property
+    def fd(self) -> int:
+        if self._fd is None:
+            self._fd = abi.open_device(abi.EVTCHN, nonblocking=True)
+            self._loop.add_reader(self._fd, self._read)
+        return self._fd
+
+    def alloc_unbound(self, remote_domid: int, handler: Callable[[], None]) -> LinuxChannel:
+        argument = bytearray(abi.PORT.pack(remote_domid))
+        port = abi.call(
+            self.fd, abi.IOCTL_EVTCHN_BIND_UNBOUND_PORT, argument, f"a port for domain {remote_domid}"
+        )
+        return self._add(port, remote_domid, handler)
+
+    def bind_interdomain(
+        self, remote_domid: int, remote_port: int, handler: Callable[[], None]
+    ) -> LinuxChannel:
+        """HypervisorError ENOENT: Xen says EINVAL alike of a port that is not there, not ours or bound."""
+        what = f"port {remote_port} of domain {remote_domid}"
+        if not 0 <= remote_port < 1 << 32:
+            raise HypervisorError("ENOENT", what)
+        argument = bytearray(abi.BIND_INTERDOMAIN.pack(remote_domid, remote_port))
+        try:
+            port = abi.call(self.fd, abi.IOCTL_EVTCHN_BIND_INTERDOMAIN, argument, what)
+        except HypervisorError as error:
+            raise HypervisorError(_BIND_ERRORS.get(error.name, error.name), what) from None
+        return self._add(port, remote_domid, handler)
+
+    def _add(self, port: int, remote_domid: int, handler: Callable[[], None]) -> LinuxChannel:
+        channel = LinuxChannel(self, port, remote_domid, handler)
+        self._channels[port] = channel
+        return channel
+
+    def unbind(self, channel: LinuxChannel) -> None:
+        if self._channels.pop(channel.port, None) is not None:
+            abi.call(self.fd, abi.IOCTL_EVTCHN_UNBIND, channel.raw_port, f"unbinding port {channel.port}")
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self.fd, PAGE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        channels = self._channels
+        told = (channels.get(port) for (port,) in struct.iter_unpack("=I", data))
+        self._enable([channel for channel in told if channel is not None and channel.deliver()])
+
+    def deliver_soon(self, channel: LinuxChannel) -> None:
+        self._loop.call_soon(channel.deliver_pending)
+
+    def _enable(self, channels: Iterable[LinuxChannel]) -> None:
+        """A port closed by a later handler of the same turn is no longer ours: the kernel skips it."""
+        ports = b"".join(channel.raw_port for channel in channels)
+        if ports and self._fd is not None:
+            os.write(self._fd, ports)
+
+    def failed(self, channel: LinuxChannel, error: Exception) -> None:
+        message = f"the handler of port {channel.port} failed"
+        self._loop.call_exception_handler({"message": message, "exception": error})
+
+    def close(self) -> None:
+        for channel in list(self._channels.values()):
+            channel.drop()
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+
+# xen/common/event_channel.c, evtchn_bind_interdomain: ESRCH for a domain that is not there.
+_BIND_ERRORS = {"EINVAL": "ENOENT", "ESRCH": "ENOENT"}
+
+if TYPE_CHECKING:
+    _CHANNEL: type[Channel] = LinuxChannel
