@@ -11,4 +11,5 @@ IN_DOM0 = (
 )
 collect_ignore_glob = [] if IN_DOM0 else ["test_*.py"]
 
-pytest.register_assert_rewrite("tests.hypervisor.test_conformance", "tests.support")
+if IN_DOM0:
+    pytest.register_assert_rewrite("tests.hypervisor.test_conformance", "tests.support")
