@@ -435,3 +435,18 @@ def test_final_check_asks_for_the_next_message():
     assert not back.final_check_for_requests()
     front.put_request(message(3))
     assert front.push_requests()
+
+
+def test_a_claimed_slot_is_the_next_one_and_is_published_by_push():
+    view = memoryview(bytearray(4096))
+    front, back = FrontRing(view, 112), BackRing(view, 112)
+    front.init()
+    for n in range(front.size):
+        at = front.claim_request()
+        assert at == n * 112
+        front.slots[at] = n
+    with pytest.raises(RingFull):
+        front.claim_request()
+    assert back.unconsumed_requests() == 0
+    front.push_requests()
+    assert [raw[0] for raw in back.take_requests()] == list(range(front.size))

@@ -104,6 +104,14 @@ class FrontRing(SharedRing):
             raise RingFull(f"all {self.size} slots of the ring are taken")
         return (self.req_prod_pvt & self.slot_mask) * self.slot_size
 
+    def claim_request(self) -> int:
+        """`request_offset` and `commit_request` in one: fill the slot before `push_requests`. RingFull."""
+        prod = self.req_prod_pvt
+        if (prod - self.rsp_cons) & MASK >= self.size:
+            raise RingFull(f"all {self.size} slots of the ring are taken")
+        self.req_prod_pvt = (prod + 1) & MASK
+        return (prod & self.slot_mask) * self.slot_size
+
     def slot_for_request(self) -> memoryview:
         """The next slot, to be filled in place; then `commit_request()`. Release it. RingFull."""
         offset = self.request_offset()

@@ -227,9 +227,10 @@ class Queue:
                 ident = connection.free_ids.pop()
                 connection.shadow[ident] = io
                 ring = connection.ring
-                at, sector, handle = ring.request_offset(), io.offset >> SECTOR_SHIFT, connection.handle
+                at, sector, handle = ring.claim_request(), io.offset >> SECTOR_SHIFT, connection.handle
                 connection.pack_one(ring.slots, at, io.op, 1, handle, ident, sector, buffer.words[0])
-                ring.commit_request()
+                if self._push_scheduled:
+                    return
                 issued = PAGE_SIZE
             elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
