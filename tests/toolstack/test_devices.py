@@ -367,7 +367,7 @@ def test_two_detaches_at_a_time_are_one():
         )
         await driver
         assert True in results
-        assert all(result is True or isinstance(result, UsageError) for result in results)
+        assert all(result is True or isinstance(result, NotFound) for result in results)
         assert not await store.exists(FRONT)
 
     run(test)
