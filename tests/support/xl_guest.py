@@ -88,13 +88,17 @@ class XlGuest:
 
 
 @asynccontextmanager
-async def xl_guest(store: Client, name: str, *, memory: int = 256, extra: str = "") -> AsyncIterator[XlGuest]:
-    """A PV guest of one CPU without devices, up when the body runs, destroyed after it."""
+async def xl_guest(
+    store: Client, name: str, *, memory: int = 256, extra: str = "", devices: str = ""
+) -> AsyncIterator[XlGuest]:
+    """A PV guest of one CPU, up when the body runs, destroyed after it. Without devices, but for the lines of
+    its configuration in `devices`."""
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "guest.cfg"
         config.write_text(
             f'type="pv"\nname="{name}"\nkernel="{KERNEL}"\nramdisk="{INITRD}"\nmemory={memory}\nvcpus=1\n'
             f'on_crash="destroy"\nextra="console=hvc0 loglevel=3 panic=1 {extra}"\n'
+            f"{devices}"
         )
         await xl("create", "-q", str(config))
     domid = int(await xl("domid", name))

@@ -14,7 +14,7 @@ from typing import Any
 from xenbus.bus.device import DeviceGone, XenbusDevice
 from xenbus.bus.driver import XenbusDriver
 from xenbus.bus.peer import read_peer
-from xenbus.bus.state import WAITS_FOR, Side, XenbusState
+from xenbus.bus.state import WAITS_FOR, XenbusState, owed_by
 from xenbus.errors import DeadlineError, LinkDown, XenbusError
 from xenbus.newbus import DeviceState, NoMatch
 from xenbus.newbus.runtime import end_task, within
@@ -329,21 +329,10 @@ async def resume_failed(dev: XenbusDevice, exc: Exception) -> None:
         await dev.fatal(exc, doing="resume")
 
 
-def owed_by(dev: XenbusDevice) -> str:
+def waits(dev: XenbusDevice) -> str:
     """Who owes the next move, for people: "" if nobody does."""
-    wanted = WAITS_FOR.get((dev.side, dev.state))
     if dev.failed:
         return f"failed: {dev.failed}"
     if dev.device.state is DeviceState.ATTACHING:
         return "waits for its driver's attach"
-    if wanted is None:
-        return "" if dev.state in (XenbusState.CONNECTED, XenbusState.CLOSED) else "waits for its driver"
-    if dev.otherend_state in wanted:
-        return f"waits for its own driver: {dev.side.peer.value} is {dev.otherend_state.name}"
-    first = min(wanted)
-    if dev.side is Side.FRONT and dev.state is XenbusState.INITIALISING:
-        first = XenbusState.INIT_WAIT
-    return (
-        f"waits for {dev.side.peer.value} {dev.otherend_path} (domain {dev.otherend_id}, "
-        f"{dev.otherend_state.name}) to reach {first.name}"
-    )
+    return owed_by(dev.side, dev.state, dev.otherend_state, dev.otherend_path, dev.otherend_id)

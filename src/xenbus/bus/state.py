@@ -96,3 +96,19 @@ WAITS_FOR: dict[tuple[Side, XenbusState], frozenset[XenbusState]] = {
     (Side.BACK, _S.INITIALISED): frozenset({_S.CONNECTED}),
     (Side.BACK, _S.CLOSING): frozenset({_S.CLOSED}),
 }
+
+
+def owed_by(side: Side, state: XenbusState, peer_state: XenbusState, peer_path: str, peer_domid: int) -> str:
+    """Who owes the next move of a half that stands in `state`, for people: "" if nobody does."""
+    wanted = WAITS_FOR.get((side, state))
+    if wanted is None:
+        return "" if state in (_S.CONNECTED, _S.CLOSED) else "waits for its driver"
+    if peer_state in wanted:
+        return f"waits for its own driver: {side.peer.value} is {peer_state.name}"
+    first = min(wanted)
+    if side is Side.FRONT and state is _S.INITIALISING:
+        first = _S.INIT_WAIT
+    return (
+        f"waits for {side.peer.value} {peer_path} (domain {peer_domid}, {peer_state.name}) "
+        f"to reach {first.name}"
+    )

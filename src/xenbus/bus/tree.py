@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xenbus.bus.device import XenbusDevice
-from xenbus.bus.life import owed_by
+from xenbus.bus.life import waits
 from xenbus.bus.state import strstate
 from xenbus.newbus import Device
 
@@ -40,7 +40,7 @@ def _describe_xenbus(dev: XenbusDevice) -> dict[str, Any]:
             "state": strstate(dev.otherend_state),
         },
         "for_seconds": round(dev.bus.now() - dev.since, 1),
-        "waits": owed_by(dev),
+        "waits": waits(dev),
         "failed": dev.failed,
         "features": dev.features.as_dict() if dev.features is not None else {},
         "counters": dev.counters,
@@ -50,14 +50,20 @@ def _describe_xenbus(dev: XenbusDevice) -> dict[str, Any]:
 
 def lines(tree: dict[str, Any], depth: int = 0) -> Iterator[str]:
     """A line a device of `describe`'s data: `xbd0 at device/vbd/51712: InitWait; waits for ... since 12
-    s`."""
+    s`; what else is known of it (`peer`, `notes`, which only the store's view has) after it and below."""
     text = tree["nameunit"] or "(no driver)"
     if "node" in tree:
         text += f" at {tree['node']}: {tree['state']}"
+        if peer := tree.get("peer"):
+            text += f"; {peer}"
         if tree["waits"]:
-            text += f"; {tree['waits']} since {tree['for_seconds']:.0f} s"
+            text += f"; {tree['waits']}"
+            if tree["for_seconds"] is not None:
+                text += f" since {tree['for_seconds']:.0f} s"
     if tree["nameunit"] or depth:
         yield "  " * depth + text
         depth += 1
+    for note in tree.get("notes", ()):
+        yield "  " * depth + f"! {note}"
     for child in tree["children"]:
         yield from lines(child, depth)

@@ -54,14 +54,14 @@ class Sysctl:
     def names(self, prefix: str = "") -> Iterator[str]:
         """All names at or below `prefix` (whole components), sorted by class, unit, leaf."""
         for name in sorted(self._extra):
-            if _below(name, prefix):
+            if at_or_below(name, prefix):
                 yield name
         for driver in sorted(self._classes):
             for unit, device in sorted(self._classes[driver].units.items()):
                 base = f"dev.{driver}.{unit}"
-                if not (_below(base, prefix) or _below(prefix, base)):
+                if not (at_or_below(base, prefix) or at_or_below(prefix, base)):
                     continue
-                yield from (name for leaf in leaves(device) if _below(name := f"{base}.{leaf}", prefix))
+                yield from (name for leaf in leaves(device) if at_or_below(name := f"{base}.{leaf}", prefix))
 
     def show(self, prefix: str = "") -> Iterator[str]:
         """Lines as sysctl(8) prints them: `dev.xbd.0.%driver: xbd`."""
@@ -69,7 +69,8 @@ class Sysctl:
             yield f"{name}: {self.read(name)}"
 
 
-def _below(name: str, prefix: str) -> bool:
+def at_or_below(name: str, prefix: str) -> bool:
+    """In whole components: `dev.xbd.1` is not above `dev.xbd.10`."""
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
 

@@ -5,16 +5,20 @@ Knows the store and the control sockets of our own daemons, if there are any; cr
 
 from __future__ import annotations
 
+import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from xenbus.domain.host import DomainState
 from xenbus.domain.layout import CONTROL_DOMAIN, check_name
 from xenbus.domain.rpc import RpcClient
-from xenbus.errors import Denied, LinkDown, NoEntry, NotFound, UsageError
+from xenbus.errors import Denied, LinkDown, NoEntry, NotFound, UsageError, XenbusError
+from xenbus.newbus.sysctl import at_or_below
 from xenbus.toolstack.domains import DomainInfo
 from xenbus.toolstack.paths import domain_path
+from xenbus.toolstack.storetree import domain_tree, shown, sysctl, with_live
 from xenbus.xenstore.client import Client
 
 STORE_VARIABLE = "XENBUS_STORE"  # an address as `Client.connect` takes it
@@ -57,6 +61,7 @@ class XenHost:
     def __init__(self, store: Client, run: Path) -> None:
         self._store = store
         self.run = run
+        self._domids: dict[str, int] = {}  # by name, as they were listed last
 
     @classmethod
     async def open(cls, store: str | None = None, run: Path | None = None) -> XenHost:
@@ -86,7 +91,9 @@ class XenHost:
             domids = [await self._own_domid()]
         except NoEntry:
             domids = []
-        return [await self._info(domid) for domid in domids]
+        infos = await asyncio.gather(*map(self._info, domids))
+        self._domids = {info.name: info.domid for info in infos}
+        return list(infos)
 
     async def _own_domid(self) -> int:
         """From our own directory, which relative paths start from."""
@@ -97,7 +104,7 @@ class XenHost:
 
     async def _info(self, domid: int) -> DomainInfo:
         try:
-            name = await self._store.read_str(f"{domain_path(domid)}/name")
+            name = shown(await self._store.read_str(f"{domain_path(domid)}/name"))
         except (NoEntry, Denied):
             name = CONTROL_DOMAIN if domid == 0 else ""
         # The store does not say whether it runs: who has nodes there is taken to.
@@ -111,9 +118,42 @@ class XenHost:
         raise NotFound(f"no domain {name!r}")
 
     async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any:
-        """Call the control socket of our own daemon for a domain. LinkDown if there is none."""
+        """Call the control socket of our own daemon for a domain. LinkDown if there is none, but for `tree`
+        and `sysctl`: what no daemon of ours drives the store tells."""
+        if method == "tree":
+            return await self._tree(domain, timeout)
+        if method == "sysctl":
+            return await self._sysctl(domain, params.get("name", ""), timeout)
+        return await self._ask_daemon(domain, method, timeout, **params)
+
+    async def _ask_daemon(self, domain: str, method: str, timeout: float, **params: Any) -> Any:
         async with await RpcClient.connect(self.control_socket(domain)) as connection:
             return await connection.call(method, timeout=timeout, **params)
+
+    async def _tree(self, domain: str, timeout: float) -> dict[str, Any]:
+        domid = self._domids.get(domain)
+        if domid is None:
+            domid = (await self.find(domain)).domid
+        stored = await domain_tree(self._store, domid)
+        try:
+            live = await self._ask_daemon(domain, "tree", timeout)
+        except LinkDown:
+            return stored
+        except XenbusError as error:
+            words = f"the daemon at {self.control_socket(domain)} does not answer: {error}"
+            return stored | {"lines": [words, *stored["lines"]], "error": words}
+        return with_live(stored, live)
+
+    async def _sysctl(self, domain: str, name: str, timeout: float) -> list[tuple[str, object]]:
+        tree = await self._tree(domain, timeout)
+        values = sysctl(tree)
+        if "error" not in tree:  # it hangs: once is enough
+            with suppress(LinkDown):
+                values += [(key, value) for key, value in await self._ask_daemon(domain, "sysctl", timeout)]
+        found = [(key, value) for key, value in values if at_or_below(key, name)]
+        if name and not found:
+            raise NotFound(f"unknown oid {name!r}")
+        return found
 
     def control_socket(self, domain: str) -> Path:
         try:
