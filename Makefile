@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench xen-test xen-shell clean
+.PHONY: help demo test test-all check lint bench pyz xen-test xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -42,12 +42,17 @@ lint: $(STAMP) ## ruff, mypy, the import rules
 bench: $(STAMP) ## benchmarks (BENCH="--quick block")
 	$(BIN)/python -m bench $(BENCH)
 
+pyz: xenbus.pyz ## the command in one file, which python3 runs with nothing installed
+
+xenbus.pyz: $(STAMP) $(shell find src tools/pyz -type f -not -name '*.pyc')
+	$(BIN)/python tools/pyz/build.py $@
+
 # A real Xen under QEMU's software emulation; its parts are built once and kept, see tools/xen/README.md.
-xen-test: ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
+xen-test: xenbus.pyz ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
 	$(PYTHON) tools/xen/lab.py test $(XEN)
 
 xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell
 
 clean: ## removes what the others made
-	rm -rf xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xenbus.pyz xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

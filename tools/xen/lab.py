@@ -46,7 +46,9 @@ def write_job(path: Path, mode: str, arguments: list[str], seconds: int) -> None
                 if file.is_file() and "__pycache__" not in file.parts:
                     mode_bits = 0o755 if file.stat().st_mode & 0o100 else 0o644
                     writer.file(f"xenbus/{file.relative_to(ROOT)}", file.read_bytes(), mode_bits)
-        writer.file("xenbus/pyproject.toml", (ROOT / "pyproject.toml").read_bytes())
+        for name in ("pyproject.toml", "xenbus.pyz"):  # the second is there if `make pyz` was run
+            if (ROOT / name).exists():
+                writer.file(f"xenbus/{name}", (ROOT / name).read_bytes())
         writer.file("init", (image.HERE / "init.sh").read_bytes(), 0o755)
         guest = io.BytesIO()
         with Writer(guest) as its:
