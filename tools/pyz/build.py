@@ -8,7 +8,6 @@ The same sources and the same versions (requirements.txt) make the same bytes: n
 from __future__ import annotations
 
 import marshal
-import os
 import re
 import subprocess
 import sys
@@ -33,12 +32,10 @@ from xenbus.cli import main
 
 main()
 """
-# Compiled too, for the Python that builds (another one takes the source): --help starts in a third of the time.
+# Compiled too, for the Python that builds; another one takes the source, and longer to start.
 COMPILED = ("xenbus/", "click/", "rich/")
 # Of what pip installs: nothing reads it, or it says where and when it was installed.
-LEFT_OUT = re.compile(
-    r"(^|/)(__pycache__|bin)/|\.pyc$|\.dist-info/(RECORD|INSTALLER|REQUESTED|direct_url\.json)$"
-)
+LEFT_OUT = re.compile(r"(^|/)(__pycache__|bin)/|\.pyc$|\.dist-info/(RECORD|INSTALLER|REQUESTED)$")
 
 
 def install(folder: Path) -> None:
@@ -99,7 +96,7 @@ def build(target: Path) -> None:
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)
     part.chmod(0o755)
-    os.replace(part, target)
+    part.replace(target)
 
 
 if __name__ == "__main__":
