@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from xenbus.bus import XenbusState, parse_state
-from xenbus.errors import DeadlineError, NoEntry, NotFound, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, Denied, NoEntry, NotFound, PeerError, UsageError, XenbusError
 from xenbus.toolstack.atomic import atomically
 from xenbus.toolstack.paths import DevicePaths, domain_path, libxl_path
 from xenbus.xenstore.client import Client, Transaction, Watch
@@ -123,7 +123,7 @@ async def _read_record(store: Client, record: str, kind: str, devid: int, domid:
 async def _directory(store: Client, path: str) -> list[str]:
     try:
         return await store.directory(path)
-    except NoEntry:
+    except (NoEntry, Denied):  # no record is a guest's to read
         return []
 
 
