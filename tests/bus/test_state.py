@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenbus.bus import Side, XenbusState, parse_state, strstate, usual_move
-from xenbus.bus.state import USUAL_MOVES, WAITS_FOR
+from xenbus.bus.state import USUAL_MOVES, WAITS_FOR, owed_by
 from xenbus.errors import PeerError
 
 S = XenbusState
@@ -44,3 +44,19 @@ def test_what_a_half_waits_for_is_what_its_peer_can_say():
     assert Side.FRONT.peer is Side.BACK and Side.BACK.peer is Side.FRONT
     for (_side, state), wanted in WAITS_FOR.items():
         assert wanted and state not in wanted - {S.CLOSING}
+
+
+def test_who_owes_the_next_move_by_states_alone():
+    def owed(side: Side, own: S, peer: S) -> str:
+        return owed_by(side, own, peer, "/peer", 7)
+
+    first = {S.INITIALISING: "INIT_WAIT", S.INITIALISED: "CONNECTED", S.CLOSING: "CLOSING"}
+    for own, wanted in first.items():
+        text = f"waits for backend /peer (domain 7, UNKNOWN) to reach {wanted}"
+        assert owed(Side.FRONT, own, S.UNKNOWN) == text
+    for (side, own), states in WAITS_FOR.items():
+        for peer in states:
+            assert owed(side, own, peer) == f"waits for its own driver: {side.peer.value} is {peer.name}"
+    for side in Side:
+        assert owed(side, S.CONNECTED, S.CONNECTED) == owed(side, S.CLOSED, S.UNKNOWN) == ""
+        assert owed(side, S.RECONFIGURING, S.CONNECTED) == "waits for its driver"

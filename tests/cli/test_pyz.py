@@ -104,7 +104,7 @@ def test_it_shows_a_xen_host(pyz, tmp_path):
                 "/local/domain/5/device/vbd/51712/state": "1",
                 "/local/domain/5/device/vbd/51712/backend": "/local/domain/0/backend/vbd/5/51712",
             }.items():
-                alone(pyz, "store", "write", path, value, "--socket", str(socket))
+                alone(pyz, "store", "write", path, value, **where)
             (tree,) = json.loads(alone(pyz, "tree", "guest", "--json", **where).stdout)
             assert tree["devices"][0]["children"][0]["children"][0]["nameunit"] == "vbd-51712"
             assert "dev.vbd-51712.xenstore_path" in alone(pyz, "sysctl", "-a", **where).stdout

@@ -15,6 +15,7 @@ import click
 from xenbus.errors import UsageError
 
 DIR_VARIABLE = "XENBUS_DIR"
+STORE_VARIABLE = "XENBUS_STORE"  # as toolstack/xenhost.py has it: a store by its address
 F = TypeVar("F", bound=Callable[..., Any])
 
 

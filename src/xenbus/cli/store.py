@@ -6,6 +6,7 @@ Knows the blocking client and the daemon's entry. Any XenStore will do, Xen's ow
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xenbus.cli.context import dir_option, emit, emit_line, json_option, need_dir
+from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
 from xenbus.errors import DeadlineError, LinkDown, NoEntry, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ BATCH = 64  # children read in one go
 
 
 def address(directory: Path | None, socket: Path | None) -> str:
-    """Which store is meant: --socket, --dir (a host's, or one of `store serve`), else as libxenstore does."""
+    """Which store is meant: --socket, --dir (a host's, or one of `store serve`), XENBUS_STORE, else as
+    libxenstore does."""
     if socket is not None:
         return str(socket)
     if directory is not None:
@@ -33,7 +35,7 @@ def address(directory: Path | None, socket: Path | None) -> str:
         return str(alone if alone.exists() and not host.exists() else host)
     from xenbus.xenstore.transport import default_address
 
-    return default_address()
+    return os.environ.get(STORE_VARIABLE) or default_address()
 
 
 def target_options(command: F) -> F:
