@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +78,20 @@ def test_the_installed_block_driver_is_found():
     registry.load_entry_points()
     names = {cls.name for side in Side for cls in drivers.candidates(side, "vbd")}
     assert {"xbd", "xbbd"} <= names
+
+
+def test_our_drivers_are_found_in_a_tree_that_is_not_installed():
+    """`PYTHONPATH=src python3 -m xenbus`, with what Debian has: no metadata says what there is."""
+    source = Path(importlib.util.find_spec("xenbus").origin).parents[1]
+    code = (
+        f"import sys; sys.path.insert(0, {str(source)!r})\n"
+        "from importlib.metadata import entry_points\n"
+        "from xenbus.bus.driver import Side, drivers\n"
+        "assert not entry_points(group='xenbus.drivers')\n"
+        "drivers.load_entry_points()\n"
+        "print(sorted(cls.name for side in Side for cls in drivers.candidates(side, 'vbd')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout == "['xbbd', 'xbd']\n", done.stderr

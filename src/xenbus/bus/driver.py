@@ -5,7 +5,9 @@ Knows a device only by the type `XenbusDevice`; knows nothing of how a bus finds
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
@@ -113,18 +115,26 @@ class DriverRegistry:
         yield from self._drivers.get((side, ANY_TYPE), ())
 
     def load_entry_points(self) -> None:
-        """Imports every installed package that names itself under `xenbus.drivers`: importing registers.
+        """Imports every installed package that names itself under `xenbus.drivers`, and ours: importing
+        registers.
 
         A package that cannot be imported is logged; it must not take the others' devices down. Once.
         """
         if self._loaded:
             return
         self._loaded = True
-        for entry in metadata.entry_points(group=ENTRY_POINTS):
+        for entry in dict.fromkeys((*metadata.entry_points(group=ENTRY_POINTS), *_own())):
             try:
                 entry.load()
             except Exception:
                 log.exception("driver package %s (%s) cannot be loaded", entry.name, entry.value)
+
+
+def _own() -> Iterator[metadata.EntryPoint]:
+    """Those that come along: a source tree that is only on the path (PYTHONPATH) has no metadata."""
+    package = importlib.import_module(ENTRY_POINTS)  # of the same name as the group
+    for module in pkgutil.iter_modules(package.__path__):
+        yield metadata.EntryPoint(module.name, f"{ENTRY_POINTS}.{module.name}", ENTRY_POINTS)
 
 
 drivers = DriverRegistry()
