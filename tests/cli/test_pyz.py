@@ -53,8 +53,6 @@ def test_drivers_are_found_in_it(pyz):
         f"import sys; sys.path.insert(0, {str(pyz)!r})\n"
         "from importlib.metadata import entry_points, version\n"
         "print([each.load().__name__ for each in entry_points(group='xenbus.drivers')], version('xenbus'))\n"
-        "from xenbus.drivers.block.storage import registry\n"
-        "from xenbus.drivers.block.image import *\n"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, env={}, timeout=60
@@ -74,7 +72,7 @@ def test_the_same_sources_make_the_same_bytes(pyz, tmp_path):
         names = archive.namelist()
     assert names == sorted(names)
     assert {"__main__.py", f"xenbus-{__version__}.dist-info/entry_points.txt"} <= set(names)
-    assert not [name for name in names if "__pycache__" in name or "/work" in name]
+    assert not [name for name in names if "__pycache__" in name or name.startswith("/")]
 
 
 def test_another_python_takes_the_source(pyz, tmp_path):

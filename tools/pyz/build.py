@@ -2,7 +2,7 @@
 
     python tools/pyz/build.py [FILE]
 
-The same sources and the same versions (requirements.txt) make the same bytes: names sorted, one time for all.
+The same sources, versions (requirements.txt) and Python make the same bytes: names sorted, one time for all.
 """
 
 from __future__ import annotations
