@@ -112,6 +112,14 @@ class DriverRegistry:
         yield from self._drivers.get((side, device_type), ())
         yield from self._drivers.get((side, ANY_TYPE), ())
 
+    def types(self, side: Side) -> list[str]:
+        """The device types that some driver is for."""
+        return sorted(name for known, name in self._drivers if known is side)
+
+    def only(self, accepts: Callable[[Side, str], bool]) -> DriverRegistry:
+        """The same drivers, also those that come later, for the device types that `accepts` says yes to."""
+        return _Part(self, accepts)
+
     def load_entry_points(self) -> None:
         """Imports every installed package that names itself under `xenbus.drivers`: importing registers.
 
@@ -125,6 +133,33 @@ class DriverRegistry:
                 entry.load()
             except Exception:
                 log.exception("driver package %s (%s) cannot be loaded", entry.name, entry.value)
+
+
+class _Part(DriverRegistry):
+    """A registry of which some types are another's: Linux has drivers of its own for them."""
+
+    __slots__ = ("_accepts", "_whole")
+
+    def __init__(self, whole: DriverRegistry, accepts: Callable[[Side, str], bool]) -> None:
+        super().__init__()
+        self._whole = whole
+        self._accepts = accepts
+
+    def add(self, side: Side, device_type: str, driver: type[XenbusDriver]) -> None:
+        self._whole.add(side, device_type, driver)
+
+    def remove(self, driver: type[XenbusDriver]) -> None:
+        self._whole.remove(driver)
+
+    def candidates(self, side: Side, device_type: str) -> Iterator[type[XenbusDriver]]:
+        if self._accepts(side, device_type):
+            yield from self._whole.candidates(side, device_type)
+
+    def types(self, side: Side) -> list[str]:
+        return [name for name in self._whole.types(side) if self._accepts(side, name)]
+
+    def load_entry_points(self) -> None:
+        self._whole.load_entry_points()
 
 
 drivers = DriverRegistry()
