@@ -11,8 +11,8 @@ from xenbus.cli.completing import domains
 from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
-    from xenbus.toolstack.domains import Toolstack
     from xenbus.toolstack.paths import DevicePaths
+    from xenbus.toolstack.xenhost import AnyHost
 
 TAKE_BACK = 3.0  # seconds that both ends of a device that did not connect have to close
 
@@ -66,7 +66,7 @@ def block(
     from xenbus.toolstack.block import DiskSpec
     from xenbus.toolstack.devices import wait_connected, write_device
 
-    async def action(toolstack: Toolstack) -> DevicePaths:
+    async def action(toolstack: AnyHost) -> DevicePaths:
         front, back = await toolstack.find(domain), await toolstack.find(backend)
         disk = DiskSpec(
             front.domid, image, device, readonly, back.domid, int(sector_size) if sector_size else None
@@ -86,7 +86,7 @@ def block(
     emit(data, as_json, f"{device}: {paths.front}, served by {paths.back}")
 
 
-async def _take_back(toolstack: Toolstack, paths: DevicePaths) -> None:
+async def _take_back(toolstack: AnyHost, paths: DevicePaths) -> None:
     from contextlib import suppress
 
     from xenbus.errors import XenbusError

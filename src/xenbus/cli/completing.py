@@ -20,14 +20,17 @@ def _ask(ctx: click.Context, action: Callable[[Any], Any]) -> Any:
     from xenbus.cli.context import DIR_VARIABLE
     from xenbus.errors import XenbusError
     from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.xenhost import XenHost, on_xen
 
     directory = ctx.params.get("directory") or os.environ.get(DIR_VARIABLE)
-    if not directory:
+    if not directory and not on_xen():
         return []
 
     async def main() -> Any:
-        async with asyncio.timeout(PATIENCE), await Toolstack.open(Path(directory)) as toolstack:
-            return await action(toolstack)
+        async with asyncio.timeout(PATIENCE):
+            opened = Toolstack.open(Path(directory)) if directory else XenHost.open()
+            async with await opened as host:
+                return await action(host)
 
     try:
         return asyncio.run(main())

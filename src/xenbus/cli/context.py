@@ -26,7 +26,7 @@ def dir_option(command: F) -> F:
         metavar="DIR",
         envvar=DIR_VARIABLE,
         type=click.Path(path_type=Path),
-        help=f"The host's directory (or the variable {DIR_VARIABLE}).",
+        help=f"An embedded host's directory (or {DIR_VARIABLE}).",
     )
     return option(command)
 
@@ -36,10 +36,10 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def need_dir(directory: Path | None) -> Path:
-    """The directory of the host that is meant. UsageError if none was named."""
+def need_dir(directory: Path | None, why: str = "") -> Path:
+    """The directory of the host that is meant. UsageError if none was named; `why` one is needed."""
     if directory is None:
-        raise UsageError(f"which host? Give --dir DIR, or set {DIR_VARIABLE}")
+        raise UsageError(f"which host? Give --dir DIR, or set {DIR_VARIABLE}{why and f'; {why}'}")
     return directory
 
 

@@ -11,7 +11,7 @@ from xenbus.cli.completing import devices
 from xenbus.cli.context import dir_option
 
 if TYPE_CHECKING:
-    from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.xenhost import AnyHost
 
 
 @click.command("detach", short_help="Take a device away from a domain.")
@@ -30,7 +30,7 @@ def command(directory: Path | None, force: bool, timeout: float, device: str) ->
     from xenbus.cli.hosts import find_device, with_toolstack
     from xenbus.toolstack.devices import detach_device
 
-    async def action(toolstack: Toolstack) -> bool:
+    async def action(toolstack: AnyHost) -> bool:
         found = await find_device(toolstack, device)
         return await detach_device(toolstack.store, found.paths, timeout=timeout, force=force)
 

@@ -13,6 +13,7 @@ from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
     from xenbus.toolstack.domains import DomainInfo, Toolstack
+    from xenbus.toolstack.xenhost import AnyHost
 
 name_argument = click.argument("name", shell_complete=domains)
 timeout_option = click.option(
@@ -36,9 +37,9 @@ def command() -> None:
 
 
 def _run(directory: Path | None, action: Callable[[Toolstack], Coroutine[Any, Any, Any]]) -> Any:
-    from xenbus.cli.hosts import with_toolstack
+    from xenbus.cli.hosts import with_embedded
 
-    return with_toolstack(directory, action)
+    return with_embedded(directory, action)
 
 
 def _show(info: DomainInfo, as_json: bool) -> None:
@@ -163,10 +164,12 @@ def list_(directory: Path | None, as_json: bool, name: str | None) -> None:
     """
     from dataclasses import asdict
 
-    async def action(toolstack: Toolstack) -> list[DomainInfo]:
+    from xenbus.cli.hosts import with_toolstack
+
+    async def action(toolstack: AnyHost) -> list[DomainInfo]:
         return [await toolstack.find(name)] if name else await toolstack.domains()
 
-    found: list[DomainInfo] = _run(directory, action)
+    found = with_toolstack(directory, action)
 
     def table() -> str:
         rows = [("ID", "NAME", "STATE", "PID")]

@@ -1,4 +1,4 @@
-"""What subcommands that talk to a running host share: its toolstack, its domains' answers, devices by name.
+"""What subcommands that talk to a running host share: which one, its domains' answers, devices by name.
 
 Imported by subcommands only once one runs: it brings asyncio along.
 """
@@ -16,13 +16,29 @@ from xenbus.errors import LinkDown, NotFound, UsageError, XenbusError
 from xenbus.toolstack.devices import list_devices
 from xenbus.toolstack.domains import DomainInfo, Toolstack
 from xenbus.toolstack.paths import DevicePaths
+from xenbus.toolstack.xenhost import AnyHost, XenHost, on_xen
 
 T = TypeVar("T")
 PATIENCE = 5.0  # seconds that a domain has to answer
 
 
-def with_toolstack(directory: Path | None, action: Callable[[Toolstack], Coroutine[Any, Any, T]]) -> T:
-    """Run `action` with the toolstack of the host that --dir names. LinkDown if none runs there."""
+def with_toolstack(directory: Path | None, action: Callable[[AnyHost], Coroutine[Any, Any, T]]) -> T:
+    """Run `action` with the embedded host that --dir names, or without one with the Xen host that this
+    machine is. UsageError if it is none, LinkDown if nobody answers there."""
+    if directory is not None:
+        return with_embedded(directory, action)
+    if not on_xen():
+        need_dir(None, "this machine is no Xen domain")
+
+    async def main() -> T:
+        async with await XenHost.open() as host:
+            return await action(host)
+
+    return asyncio.run(main())
+
+
+def with_embedded(directory: Path | None, action: Callable[[Toolstack], Coroutine[Any, Any, T]]) -> T:
+    """The same for what only an embedded host can do."""
 
     async def main() -> T:
         async with await Toolstack.open(need_dir(directory)) as toolstack:
@@ -32,7 +48,7 @@ def with_toolstack(directory: Path | None, action: Callable[[Toolstack], Corouti
 
 
 async def ask_all(
-    toolstack: Toolstack, infos: Iterable[DomainInfo], method: str, **params: object
+    toolstack: AnyHost, infos: Iterable[DomainInfo], method: str, **params: object
 ) -> dict[DomainInfo, Any]:
     """What each domain answers, asked together, or the XenbusError that came of it.
 
@@ -51,7 +67,7 @@ async def ask_all(
     return {info: answer for info, answer in pairs if not isinstance(answer, LinkDown)}
 
 
-async def trees(toolstack: Toolstack) -> dict[DomainInfo, dict[str, Any]]:
+async def trees(toolstack: AnyHost) -> dict[DomainInfo, dict[str, Any]]:
     """Every running domain's tree; `error` in it says why one has none."""
     answers = await ask_all(toolstack, await toolstack.domains(), "tree")
     return {info: _tree(info, answer) for info, answer in answers.items()}
@@ -84,7 +100,7 @@ class FoundDevice:
         raise UsageError(f"{self.device['nameunit']} is no device that can be detached")
 
 
-async def find_device(toolstack: Toolstack, name: str) -> FoundDevice:
+async def find_device(toolstack: AnyHost, name: str) -> FoundDevice:
     """`xbd0`, or `guest/xbd0` where several domains have one; or as the toolstack knows it, `guest/xvda`,
     which finds the device of a guest that does not answer, too. Not found, or UsageError naming the choices.
     """
@@ -108,7 +124,7 @@ async def find_device(toolstack: Toolstack, name: str) -> FoundDevice:
     return found[0]
 
 
-async def _recorded(toolstack: Toolstack, info: DomainInfo, vdev: str) -> dict[str | None, dict[str, Any]]:
+async def _recorded(toolstack: AnyHost, info: DomainInfo, vdev: str) -> dict[str | None, dict[str, Any]]:
     """By node, the devices that the toolstack gave to a domain under this name; as far as it knows them."""
     return {
         (node := f"device/{spec.paths.kind}/{spec.paths.devid}"): {

@@ -13,7 +13,7 @@ from xenbus.cli.context import dir_option, emit_line, json_option
 if TYPE_CHECKING:
     import asyncio
 
-    from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.xenhost import AnyHost
 
 LOOK_EVERY = 0.5  # seconds
 
@@ -39,7 +39,7 @@ def command(directory: Path | None, as_json: bool, socket: Path, device: str) ->
     with_toolstack(directory, lambda toolstack: _export(toolstack, device, socket.absolute(), as_json))
 
 
-async def _export(toolstack: Toolstack, device: str, socket: Path, as_json: bool) -> None:
+async def _export(toolstack: AnyHost, device: str, socket: Path, as_json: bool) -> None:
     import asyncio
     import signal
 
@@ -52,7 +52,7 @@ async def _export(toolstack: Toolstack, device: str, socket: Path, as_json: bool
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     found = await find_device(toolstack, device)
     # The export lives as long as this connection: whatever becomes of us, the guest takes it away.
-    async with await RpcClient.connect(toolstack.layout.control_socket(found.domain.name)) as domain:
+    async with await RpcClient.connect(toolstack.control_socket(found.domain.name)) as domain:
         unit = found.device["nameunit"]
         made = await domain.call("device", device=unit, operation="nbd_start", socket=str(socket))
         emit_line(made, as_json, f"nbd+unix:///?socket={socket}")

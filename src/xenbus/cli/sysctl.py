@@ -11,7 +11,7 @@ from xenbus.cli.completing import domains
 from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
-    from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.xenhost import AnyHost
 
 
 @click.command("sysctl", short_help="Read variables of the device trees.")
@@ -39,7 +39,7 @@ def command(directory: Path | None, as_json: bool, all_: bool, domain: str | Non
     if name and "/" in name:
         domain, _, name = name.partition("/")
 
-    async def action(toolstack: Toolstack) -> dict[str, dict[str, object]]:
+    async def action(toolstack: AnyHost) -> dict[str, dict[str, object]]:
         found: dict[str, dict[str, object]] = {}
         wanted = [await toolstack.find(domain)] if domain else await toolstack.domains()
         for info, answer in (await ask_all(toolstack, wanted, "sysctl", name=name or "")).items():

@@ -11,7 +11,7 @@ from xenbus.cli.completing import domains
 from xenbus.cli.context import dir_option, emit, emit_line, json_option
 
 if TYPE_CHECKING:
-    from xenbus.toolstack.domains import Toolstack
+    from xenbus.toolstack.xenhost import AnyHost
 
 INTERVAL = 0.5  # seconds between two looks of --watch
 
@@ -31,7 +31,7 @@ def command(directory: Path | None, as_json: bool, watch: bool, name: str | None
     """
     from xenbus.cli.hosts import trees, with_toolstack
 
-    async def look(toolstack: Toolstack) -> list[dict[str, Any]]:
+    async def look(toolstack: AnyHost) -> list[dict[str, Any]]:
         wanted = await toolstack.find(name) if name else None
         return [
             {"name": info.name, **tree}
@@ -39,7 +39,7 @@ def command(directory: Path | None, as_json: bool, watch: bool, name: str | None
             if wanted is None or info.domid == wanted.domid
         ]
 
-    async def follow(toolstack: Toolstack) -> None:
+    async def follow(toolstack: AnyHost) -> None:
         import asyncio
 
         last = ""

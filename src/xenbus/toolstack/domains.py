@@ -306,9 +306,12 @@ class Toolstack:
 
     # -- one domain's own socket ---------------------------------------------------------------------
 
+    def control_socket(self, domain: str) -> Path:
+        return self.layout.control_socket(domain)
+
     async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any:
         """Call a domain's control socket once: tree, sysctl, counters, device operations."""
-        async with await RpcClient.connect(self.layout.control_socket(domain)) as connection:
+        async with await RpcClient.connect(self.control_socket(domain)) as connection:
             return await connection.call(method, timeout=timeout, **params)
 
     async def bury_the_dead(self) -> list[DomainInfo]:
