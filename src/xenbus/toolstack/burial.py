@@ -29,19 +29,20 @@ async def dead_devices(store: Client, kinds: Collection[str]) -> list[DevicePath
         for front in await _directory(store, f"backend/{kind}"):
             if not front.isdigit() or await store.is_introduced(int(front)):
                 continue
-            for devid in await _directory(store, f"backend/{kind}/{front}"):
-                if devid.isdigit():
-                    found.append(DevicePaths(await _front_kind(store, kind, front, devid), int(devid), int(front), domid, kind))
+            devids = filter(str.isdigit, await _directory(store, f"backend/{kind}/{front}"))
+            found += [await _paths(store, kind, front, devid, domid) for devid in devids]
     return found
 
 
-async def _front_kind(store: Client, kind: str, front: str, devid: str) -> str:
-    """The device's type on the other side, by the path of its front half."""
+async def _paths(store: Client, kind: str, front: str, devid: str, domid: int) -> DevicePaths:
+    """The device's type on the other side is told by the path of its front half."""
+    front_kind = kind
     try:
         parts = (await store.read_str(f"backend/{kind}/{front}/{devid}/frontend")).split("/")
+        front_kind = parts[-2] if len(parts) > 2 else kind
     except NoEntry:
-        return kind
-    return parts[-2] if len(parts) > 2 else kind
+        pass
+    return DevicePaths(front_kind, int(devid), int(front), domid, kind)
 
 
 async def _directory(store: Client, path: str) -> list[str]:
@@ -52,11 +53,13 @@ async def _directory(store: Client, path: str) -> list[str]:
 
 
 async def bury_devices(store: Client, kinds: Collection[str]) -> int:
-    """How many were removed. One that does not close in time is removed all the same: nobody is there any more."""
+    """How many were removed. One that does not close in time is removed all the same: its guest is dead."""
     dead = await dead_devices(store, kinds)
     closed = await asyncio.gather(*(wait_closed(store, paths, CLOSE_DEADLINE) for paths in dead))
     for paths, orderly in zip(dead, closed, strict=True):
-        log.info("%s: its guest is gone; removed%s", paths.back, "" if orderly else ", though it is not closed")
+        log.info(
+            "%s: its guest is gone; removed%s", paths.back, "" if orderly else ", though it is not closed"
+        )
         await remove_device(store, paths)
     return len(dead)
 
