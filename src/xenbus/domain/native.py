@@ -6,6 +6,9 @@ Knows no toolstack.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +19,17 @@ from xenbus.bus.front import FrontBus
 from xenbus.bus.state import Side
 from xenbus.bus.xenbusb import XenBus
 from xenbus.domain.layout import check_name
-from xenbus.domain.runtime import DomainRuntime
-from xenbus.errors import NoEntry, PeerError, UsageError
+from xenbus.domain.runtime import DomainRuntime, MakeBuses, StoreFactory
+from xenbus.errors import NoEntry, PeerError, UsageError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.hypervisor.linux import LinuxHypervisor
 from xenbus.newbus import Device
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.transport import default_address
 
+log = logging.getLogger(__name__)
+
+ASLEEP = 0.01  # seconds that the clocks differ by after a suspend, at least
 # Linux has a driver for either half of these (drivers/xen, drivers/block/xen-*, ...), and a node with two
 # drivers is two back ends on one ring. udev loads the module when the first such node appears.
 LINUX_TYPES = frozenset({"vbd", "vif", "vkbd", "vfb", "vscsi", "vusb", "pci", "9pfs", "vsnd", "vdispl"})
@@ -84,6 +90,71 @@ async def own_name(store: Client, domid: int) -> str:
         return f"domain-{domid}"
 
 
+class GuestRuntime(DomainRuntime):
+    """Of a guest, which may be saved and restored without a word to its processes (drivers/xen/manage.c
+    freezes them). The signs afterwards: another domid; or, where that is the same, a device's own state back
+    at Initialising and a clock that ran on while we did not."""
+
+    def __init__(self, name: str, hv: LinuxHypervisor, connect_store: StoreFactory, buses: MakeBuses) -> None:
+        super().__init__(name, hv, connect_store, buses=buses)
+        self._resuming: asyncio.Task[None] | None = None
+        self._asleep = seconds_asleep()
+
+    async def start(self) -> None:
+        await super().start()
+        for bus in self.buses:
+            bus.restored = self.was_restored
+        await self._watch_domid()
+
+    async def _watch_domid(self) -> None:
+        """The kernel sets every watch again after a restore, which makes each fire."""
+        await self.store.watch("domid", self._domid_event)
+
+    def _domid_event(self, _path: str) -> None:
+        asyncio.ensure_future(self._look()).add_done_callback(_log_failure)
+
+    async def _look(self) -> None:
+        if self._resuming is None and await own_domid(self.store) != self.hv.domid:
+            await self.was_restored()
+
+    async def was_restored(self) -> bool:
+        """Asked where a device seems to have ended. True: it has not, the resume is under way."""
+        if self._resuming is None:
+            domid = await own_domid(self.store)
+            if domid == self.hv.domid and seconds_asleep() - self._asleep < ASLEEP:
+                return False
+            if self._resuming is None:
+                self._resuming = asyncio.create_task(self._resume(domid), name="resume")
+        return True
+
+    async def _resume(self, domid: int) -> None:
+        log.info("restored as domain %d", domid)
+        self._asleep = seconds_asleep()
+        old, self.hv = self.hv, LinuxHypervisor(domid)
+        try:
+            for bus in self.buses:
+                await bus.stand_still()
+            await self._come_back()
+            await self._watch_domid()
+        except XenbusError as error:
+            log.error("not restored: %s", error)
+            self.end("lost")
+        finally:
+            self._resuming = None
+            assert isinstance(old, LinuxHypervisor)
+            old.abandon()
+
+
+def _log_failure(task: asyncio.Future[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("domid: %s", error)
+
+
+def seconds_asleep() -> float:
+    """How long this system was suspended since it booted (clock_gettime(2), CLOCK_BOOTTIME)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
 async def native_runtime(served: Served, address: str | None = None) -> DomainRuntime:
     """Not started yet. LinkDown if there is no store to reach: this is no Xen domain."""
     address = address or default_address()
@@ -96,4 +167,7 @@ async def native_runtime(served: Served, address: str | None = None) -> DomainRu
         kinds: Collection[tuple[Side, type[XenBus]]] = ((Side.FRONT, FrontBus), (Side.BACK, BackBus))
         return tuple(kind(store, hv, xenstore, registry) for side, kind in kinds if side in served.sides)
 
-    return DomainRuntime(name, LinuxHypervisor(domid), lambda: Client.connect(address), buses=buses)
+    hv = LinuxHypervisor(domid)
+    if domid:
+        return GuestRuntime(name, hv, lambda: Client.connect(address), buses)
+    return DomainRuntime(name, hv, lambda: Client.connect(address), buses=buses)

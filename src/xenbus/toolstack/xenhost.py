@@ -127,10 +127,10 @@ class XenHost:
             info = await self.ask(domain.name, "info")
         except LinkDown as error:
             raise LinkDown(f"no back end of ours in {domain.name}: no `xenbus serve`? ({error})") from None
-        served: list[str] = info.get("serves", {}).get(Side.BACK.value, [])
+        served = [str(name) for name in info.get("serves", {}).get(Side.BACK.value, [])]
         for back_type in (kind, *OWN_TYPES.get(kind, ())):
             if back_type in served:
-                return back_type
+                return str(back_type)
         raise UsageError(f"`xenbus serve` in {domain.name} has no driver for {kind}; it serves {served}")
 
     async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any:
