@@ -114,6 +114,14 @@ class DriverRegistry:
         yield from self._drivers.get((side, device_type), ())
         yield from self._drivers.get((side, ANY_TYPE), ())
 
+    def types(self, side: Side) -> list[str]:
+        """The device types that some driver is for."""
+        return sorted(name for known, name in self._drivers if known is side)
+
+    def only(self, accepts: Callable[[Side, str], bool]) -> DriverRegistry:
+        """The same drivers, also those that come later, for the device types that `accepts` says yes to."""
+        return _Part(self, accepts)
+
     def load_entry_points(self) -> None:
         """Imports every installed package that names itself under `xenbus.drivers`, and ours: importing
         registers.
@@ -135,6 +143,33 @@ def _own() -> Iterator[metadata.EntryPoint]:
     package = importlib.import_module(ENTRY_POINTS)  # of the same name as the group
     for module in pkgutil.iter_modules(package.__path__):
         yield metadata.EntryPoint(module.name, f"{ENTRY_POINTS}.{module.name}", ENTRY_POINTS)
+
+
+class _Part(DriverRegistry):
+    """A registry of which some types are another's: Linux has drivers of its own for them."""
+
+    __slots__ = ("_accepts", "_whole")
+
+    def __init__(self, whole: DriverRegistry, accepts: Callable[[Side, str], bool]) -> None:
+        super().__init__()
+        self._whole = whole
+        self._accepts = accepts
+
+    def add(self, side: Side, device_type: str, driver: type[XenbusDriver]) -> None:
+        self._whole.add(side, device_type, driver)
+
+    def remove(self, driver: type[XenbusDriver]) -> None:
+        self._whole.remove(driver)
+
+    def candidates(self, side: Side, device_type: str) -> Iterator[type[XenbusDriver]]:
+        if self._accepts(side, device_type):
+            yield from self._whole.candidates(side, device_type)
+
+    def types(self, side: Side) -> list[str]:
+        return [name for name in self._whole.types(side) if self._accepts(side, name)]
+
+    def load_entry_points(self) -> None:
+        self._whole.load_entry_points()
 
 
 drivers = DriverRegistry()

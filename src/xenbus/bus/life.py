@@ -150,7 +150,7 @@ async def _let_go(dev: XenbusDevice) -> None:
 async def otherend(dev: XenbusDevice) -> None:
     """seed: xenbusb_otherend_watch_cb: the state is read from the store, whatever the event said."""
     state = await read_peer(dev)
-    if state is None:
+    if state is None or (state is XenbusState.CLOSED and await dev.bus.is_restored()):
         return
     dev.peer_moved(state)
     if dev.driver is not None:

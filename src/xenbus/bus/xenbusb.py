@@ -36,6 +36,7 @@ T = TypeVar("T")
 BATCH = 64
 # Seconds before a node is looked at again after a passing error; then it is left until its next event.
 RETRIES = (0.05, 0.5, 2.0)
+_ENDS = (Verdict.GONE, Verdict.REPLACED)
 
 
 @dataclass(slots=True, frozen=True)
@@ -114,6 +115,9 @@ class XenBus:
         self._boot_timer: asyncio.TimerHandle | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._closed = False
+        # Asked before the store's word is taken for the end of a device: whether this whole domain was
+        # restored meanwhile, so that a resume is on its way. Linux tells its processes nothing of it.
+        self.restored: Callable[[], Awaitable[bool]] | None = None
 
     # ---- what newbus asks of it (BusMethods) ----
 
@@ -148,12 +152,18 @@ class XenBus:
     async def localend_changed(self, dev: XenbusDevice, path: str) -> None:
         """seed: xenbusb_localend_changed, with its test the right way round (B6)."""
         if path in ("", "/state"):
+            if await self.is_restored():
+                return
             await refresh_own(dev)
         if dev.hears_local and dev.driver is not None:
             await life.call(dev, "localend_changed", dev.driver.localend_changed(path))
 
     async def closed(self, dev: XenbusDevice) -> None:
         """An orderly detach has put the device to Closed."""
+
+    async def is_restored(self) -> bool:
+        """See `restored`."""
+        return self.restored is not None and await self.restored()
 
     # ---- attach, detach ----
 
@@ -260,7 +270,10 @@ class XenBus:
             for node in known:
                 self._queue.setdefault(node, self.serial)
         try:
-            for found in await asyncio.gather(*(self._look(node) for node in nodes)):
+            seen = await asyncio.gather(*(self._look(node) for node in nodes))
+            if any(found.verdict in _ENDS for found in seen) and await self.is_restored():
+                return  # these nodes are another domain's; the resume looks at all of them
+            for found in seen:
                 self._apply(found)
         finally:
             if self._queue:
@@ -505,6 +518,11 @@ class XenBus:
                 log.exception("an observer of %s", self.name)
 
     # ---- suspend and resume ----
+
+    async def stand_still(self) -> None:
+        """Events wait until `resume`, and no driver is asked: this domain was suspended before we knew."""
+        await self._mailbox.stand_still()
+        await asyncio.gather(*(dev.mailbox.stand_still() for dev in self.devices.values()))
 
     async def suspend(self) -> dict[str, Exception]:
         """Every driver's suspend, together (B13); events wait from then on. The failures by node."""

@@ -69,7 +69,13 @@ def block(
     async def action(toolstack: AnyHost) -> DevicePaths:
         front, back = await toolstack.find(domain), await toolstack.find(backend)
         disk = DiskSpec(
-            front.domid, image, device, readonly, back.domid, int(sector_size) if sector_size else None
+            front.domid,
+            image,
+            device,
+            readonly,
+            back.domid,
+            int(sector_size) if sector_size else None,
+            back_kind=await toolstack.back_type(back, "vbd"),
         )
         spec = disk.device()
         await write_device(toolstack.store, spec)

@@ -92,11 +92,17 @@ class FoundDevice:
         """UsageError for what is no split device (a bus)."""
         parts = str(self.device.get("node", "")).split("/")
         other = self.device.get("otherend", {}).get("id")
+        path = str(self.device.get("otherend", {}).get("path", ""))
         match parts:
             case ["device", kind, devid]:
-                return DevicePaths(kind, int(devid), self.domain.domid, other)
+                try:
+                    return DevicePaths.of_back(kind, path)
+                except ValueError:
+                    return DevicePaths(kind, int(devid), self.domain.domid, other)
             case ["backend", kind, front, devid]:
-                return DevicePaths(kind, int(devid), int(front), self.domain.domid)
+                front_kind = path.split("/")[-2] if path.count("/") > 2 else kind
+                own = "" if front_kind == kind else kind
+                return DevicePaths(front_kind, int(devid), int(front), self.domain.domid, own)
         raise UsageError(f"{self.device['nameunit']} is no device that can be detached")
 
 
@@ -130,7 +136,7 @@ async def _recorded(toolstack: AnyHost, info: DomainInfo, vdev: str) -> dict[str
         (node := f"device/{spec.paths.kind}/{spec.paths.devid}"): {
             "nameunit": vdev,
             "node": node,
-            "otherend": {"id": spec.paths.back_domid},
+            "otherend": {"id": spec.paths.back_domid, "path": spec.paths.back},
         }
         for spec in await list_devices(toolstack.store, info.domid)
         if spec.back.get("dev") == vdev

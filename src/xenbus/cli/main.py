@@ -19,6 +19,7 @@ from xenbus.cli import exits
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Show the whole of it: a host, a guest, a disk, data, faults."),
     "up": ("up", "Start a host: supervisor, store, domain 0."),
+    "serve": ("serve", "Serve a real Xen's guests: the back ends of this domain."),
     "domain": ("domain", "Create, end, suspend and list domains."),
     "attach": ("attach", "Give a domain a device."),
     "detach": ("detach", "Take a device away from a domain."),

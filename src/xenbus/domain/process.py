@@ -41,9 +41,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def set_up_logging() -> None:
+def set_up_logging(level: str | None = None) -> None:
     logging.basicConfig(
-        level=os.environ.get("XENBUS_LOG", "INFO"),
+        level=level or os.environ.get("XENBUS_LOG", "INFO"),
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )

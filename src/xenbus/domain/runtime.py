@@ -18,7 +18,7 @@ from xenbus.bus.xenbusb import XenBus
 from xenbus.domain.shutdown import ShutdownWatcher
 from xenbus.errors import DeadlineError, LinkDown, XenbusError
 from xenbus.hypervisor.interface import GuestLife, Hypervisor, StartInfo
-from xenbus.newbus import Newbus
+from xenbus.newbus import Device, Newbus
 from xenbus.newbus.runtime import wait_boot
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.transport.ringpage import RingTransport, Side
@@ -29,6 +29,12 @@ BOOT_DEADLINE = 20.0  # seconds that boot waits for devices to connect
 CLOSE_DEADLINE = 8.0  # seconds for an orderly end of all devices; less than the host's patience with us
 
 StoreFactory = Callable[[], Awaitable[Client]]
+MakeBuses = Callable[[Client, Hypervisor, Device], tuple[XenBus, ...]]
+
+
+def both_buses(store: Client, hv: Hypervisor, xenstore: Device) -> tuple[XenBus, ...]:
+    """What every domain of an embedded host has on its xenstore0."""
+    return FrontBus(store, hv, xenstore), BackBus(store, hv, xenstore)
 
 
 def ring_store(life: GuestLife) -> StoreFactory:
@@ -53,11 +59,18 @@ class DomainRuntime:
     """`await start()`, `await ended`, `await stop()`.
 
     life:  given for a domain that can be suspended; it then obeys control/shutdown
+    buses: makes the buses, in the order in which they end
     ended: its result is the reason: "poweroff", "reboot" or "lost"
     """
 
     def __init__(
-        self, name: str, hv: Hypervisor, connect_store: StoreFactory, *, life: GuestLife | None = None
+        self,
+        name: str,
+        hv: Hypervisor,
+        connect_store: StoreFactory,
+        *,
+        life: GuestLife | None = None,
+        buses: MakeBuses = both_buses,
     ) -> None:
         self.name = name
         self.hv = hv
@@ -67,6 +80,7 @@ class DomainRuntime:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._connect_store = connect_store
         self._store: Client | None = None
+        self._make_buses = buses
         self.buses: tuple[XenBus, ...] = ()
         self._shutdown = ShutdownWatcher(
             {
@@ -89,10 +103,7 @@ class DomainRuntime:
         self._store = await self._connect_store()
         self._store.on_lost(self._store_lost)
         xenstore = self.tree.add_child(self.tree.root, name="xenstore", desc="XenStore")
-        self.buses = (
-            FrontBus(self.store, self.hv, xenstore),
-            BackBus(self.store, self.hv, xenstore),
-        )
+        self.buses = self._make_buses(self.store, self.hv, xenstore)
         for bus in self.buses:
             await bus.attach()
         try:

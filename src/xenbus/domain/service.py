@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ SYSCTL_MAX = 100_000  # lines of one answer
 class DomainService:
     """Serves one runtime on one path until `close()`."""
 
-    def __init__(self, runtime: DomainRuntime) -> None:
+    def __init__(self, runtime: DomainRuntime, info: Mapping[str, object] | None = None) -> None:
+        """info: what more a caller of `info` is told"""
         self.runtime = runtime
+        self._more = dict(info or {})
         self._rpc = RpcServer(
             {
                 "info": self._info,
@@ -49,6 +52,7 @@ class DomainService:
             "domid": runtime.hv.domid,
             "pid": os.getpid(),
             "started": runtime.started,
+            **self._more,
         }
 
     async def _tree(self, call: Call) -> object:

@@ -243,6 +243,17 @@ class LinuxHypervisor:
         self._check_open()
         return self._ports.bind_interdomain(check_domid(remote_domid), remote_port, handler)
 
+    def abandon(self) -> None:
+        """This domain was restored: refs and ports are of a life that is over, and whatever has their numbers
+        now is another's. Nothing is asked of Xen any more; the memory stays until the process ends."""
+        self._closed = True
+        self._ports.abandon()
+        for pages in (*self._mapped, *self._granted):
+            pages.drop()
+        self._mapped.clear()
+        self._granted.clear()
+        self._mapped_pages = self._granted_pages = 0
+
     async def close(self) -> None:
         self._closed = True
         self._ports.close()

@@ -69,6 +69,10 @@ class LinuxChannel:
     async def close(self) -> None:
         self.drop()
 
+    def forget(self) -> None:
+        """The port is nobody's any more."""
+        self._closed = True
+
     def drop(self) -> None:
         if not self._closed:
             self._closed = True
@@ -144,6 +148,14 @@ class PortTable:
     def failed(self, channel: LinuxChannel, error: Exception) -> None:
         message = f"the handler of port {channel.port} failed"
         self._loop.call_exception_handler({"message": message, "exception": error})
+
+    def abandon(self) -> None:
+        """No port is unbound: the numbers are another's by now. The device stays open for the same reason."""
+        for channel in self._channels.values():
+            channel.forget()
+        self._channels.clear()
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
 
     def close(self) -> None:
         for channel in list(self._channels.values()):

@@ -19,6 +19,7 @@ class DiskSpec:
     vdev:        the guest's name for it, `xvda`
     sector_size: bytes, 512 or 4096; None leaves it to the storage
     options:     more nodes for the back end's directory
+    back_kind:   the type under which the back end finds it, `vbd` or xbbd's own, `xbbd`
     """
 
     front_domid: int
@@ -28,6 +29,7 @@ class DiskSpec:
     back_domid: int = 0
     sector_size: int | None = None
     options: tuple[tuple[str, str], ...] = ()
+    back_kind: str = "vbd"
 
     def device(self) -> DeviceSpec:
         """UsageError if `vdev` is no disk's name."""
@@ -51,4 +53,6 @@ class DiskSpec:
             **({"sector-size-wanted": str(self.sector_size)} if self.sector_size else {}),
             **dict(self.options),
         }
-        return DeviceSpec(DevicePaths("vbd", number, self.front_domid, self.back_domid), front, back)
+        own = "" if self.back_kind == "vbd" else self.back_kind
+        paths = DevicePaths("vbd", number, self.front_domid, self.back_domid, own)
+        return DeviceSpec(paths, front, back)

@@ -39,7 +39,8 @@ class DeviceSpec:
         """The same device for another domain, and from another one if that is said."""
         old = self.paths
         home = old.back_domid if back_domid is None else back_domid
-        return DeviceSpec(DevicePaths(old.kind, old.devid, front_domid, home), self.front, self.back)
+        paths = DevicePaths(old.kind, old.devid, front_domid, home, old.back_kind)
+        return DeviceSpec(paths, self.front, self.back)
 
 
 def _perms(owner: int, reader: int) -> list[Perm]:
@@ -101,15 +102,14 @@ async def list_devices(store: Client, domid: int) -> list[DeviceSpec]:
     for kind in await _directory(store, root):
         for devid in await _directory(store, f"{root}/{kind}"):
             try:
-                found.append(await _read_record(store, f"{root}/{kind}/{devid}", kind, int(devid), domid))
-            except NoEntry:
-                continue  # removed while we looked
+                found.append(await _read_record(store, f"{root}/{kind}/{devid}", kind))
+            except (NoEntry, ValueError):
+                continue  # removed while we looked, or nothing that has two halves
     return found
 
 
-async def _read_record(store: Client, record: str, kind: str, devid: int, domid: int) -> DeviceSpec:
-    # /local/domain/<back>/backend/<kind>/<front>/<devid>
-    back_domid = int((await store.read_str(f"{record}/backend")).split("/")[3])
+async def _read_record(store: Client, record: str, kind: str) -> DeviceSpec:
+    paths = DevicePaths.of_back(kind, await store.read_str(f"{record}/backend"))
     front, back = [
         {
             key: await store.read_str(f"{record}/{side}/{key}")
@@ -117,7 +117,7 @@ async def _read_record(store: Client, record: str, kind: str, devid: int, domid:
         }
         for side in ("front", "back")
     ]
-    return DeviceSpec(DevicePaths(kind, devid, domid, back_domid), front, back)
+    return DeviceSpec(paths, front, back)
 
 
 async def _directory(store: Client, path: str) -> list[str]:

@@ -306,6 +306,10 @@ class Toolstack:
 
     # -- one domain's own socket ---------------------------------------------------------------------
 
+    async def back_type(self, domain: DomainInfo, kind: str) -> str:
+        """On an embedded host nobody else has drivers."""
+        return kind
+
     def control_socket(self, domain: str) -> Path:
         return self.layout.control_socket(domain)
 

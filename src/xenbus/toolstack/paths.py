@@ -19,14 +19,30 @@ def libxl_path(domid: int) -> str:
 class DevicePaths:
     """Where the two halves of one device and the toolstack's record of it are.
 
-    kind:  the device's type on the bus, `vbd`, `vif`, ...
-    devid: its number at the front end, e.g. 51712 for xvda
+    kind:      the device's type on the front bus, `vbd`, `vif`, ...
+    devid:     its number at the front end, e.g. 51712 for xvda
+    back_kind: its type on the back bus where that is another one: Linux's own back end claims every `vbd`, so
+               that xbbd beside it serves under a type of its own
     """
 
     kind: str
     devid: int
     front_domid: int
     back_domid: int
+    back_kind: str = ""
+
+    @classmethod
+    def of_back(cls, kind: str, path: str) -> DevicePaths:
+        """From `/local/domain/<back>/backend/<type>/<front>/<devid>`. ValueError if it is none."""
+        match path.split("/"):
+            case ["", "local", "domain", back, "backend", back_kind, front, devid]:
+                own = "" if back_kind == kind else back_kind
+                return cls(kind, int(devid), int(front), int(back), own)
+        raise ValueError(f"{path!r} is no back end's directory")
+
+    @property
+    def _served_as(self) -> str:
+        return f"backend/{self.back_kind or self.kind}/{self.front_domid}/{self.devid}"
 
     @property
     def front(self) -> str:
@@ -34,7 +50,7 @@ class DevicePaths:
 
     @property
     def back(self) -> str:
-        return f"{domain_path(self.back_domid)}/backend/{self.kind}/{self.front_domid}/{self.devid}"
+        return f"{domain_path(self.back_domid)}/{self._served_as}"
 
     @property
     def record(self) -> str:
@@ -43,9 +59,7 @@ class DevicePaths:
     @property
     def back_error(self) -> str:
         """Where the back end's driver leaves its error text (xenbus_dev_error)."""
-        return (
-            f"{domain_path(self.back_domid)}/error/backend/{self.kind}/{self.front_domid}/{self.devid}/error"
-        )
+        return f"{domain_path(self.back_domid)}/error/{self._served_as}/error"
 
     @property
     def front_error(self) -> str:

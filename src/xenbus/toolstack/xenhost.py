@@ -11,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from xenbus.bus.state import Side
 from xenbus.domain.host import DomainState
 from xenbus.domain.layout import CONTROL_DOMAIN, check_name
 from xenbus.domain.rpc import RpcClient
+from xenbus.drivers.block import xbbd
 from xenbus.errors import Denied, LinkDown, NoEntry, NotFound, UsageError, XenbusError
 from xenbus.newbus.sysctl import at_or_below
 from xenbus.toolstack.domains import DomainInfo
@@ -26,6 +28,8 @@ RUN_VARIABLE = "XENBUS_RUN"
 RUN_DIRECTORY = "/run/xenbus"
 # What says which store: ours, then libxenstore's own (transport.default_address).
 _STORE_VARIABLES = (STORE_VARIABLE, "XENSTORED_PATH", "XENSTORED_RUNDIR")
+# Where Linux's own driver has a kind of device, ours serves it under another type on the back bus.
+OWN_TYPES = {"vbd": (xbbd.OWN_TYPE,)}
 _SIGNS = ("/dev/xen/xenbus", "/proc/xen/capabilities")
 
 
@@ -51,6 +55,10 @@ class AnyHost(Protocol):
 
     async def domains(self) -> list[DomainInfo]: ...
     async def find(self, name: str) -> DomainInfo: ...
+    async def back_type(self, domain: DomainInfo, kind: str) -> str:
+        """Under which type that domain's back bus serves devices of this kind."""
+        ...
+
     def control_socket(self, domain: str) -> Path: ...
     async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any: ...
 
@@ -116,6 +124,21 @@ class XenHost:
             if name in (info.name, str(info.domid)):
                 return info
         raise NotFound(f"no domain {name!r}")
+
+    async def back_type(self, domain: DomainInfo, kind: str) -> str:
+        """What its daemon says: the kind itself where it claims that, otherwise a type of ours.
+
+        LinkDown if no daemon of ours serves that domain, UsageError if it has no driver for this kind.
+        """
+        try:
+            info = await self.ask(domain.name, "info")
+        except LinkDown as error:
+            raise LinkDown(f"no back end of ours in {domain.name}: no `xenbus serve`? ({error})") from None
+        served = [str(name) for name in info.get("serves", {}).get(Side.BACK.value, [])]
+        for back_type in (kind, *OWN_TYPES.get(kind, ())):
+            if back_type in served:
+                return str(back_type)
+        raise UsageError(f"`xenbus serve` in {domain.name} has no driver for {kind}; it serves {served}")
 
     async def ask(self, domain: str, method: str, /, *, timeout: float = 30.0, **params: Any) -> Any:
         """Call the control socket of our own daemon for a domain. LinkDown if there is none, but for `tree`

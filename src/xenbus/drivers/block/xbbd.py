@@ -27,6 +27,8 @@ from xenbus.ring.shared import BackRing
 # together less than the bus gives a detach.
 DRAIN_TIMEOUT = 3.0
 DETACH_TIMEOUT = 6.0
+# Where Linux's xen-blkback is loaded every `backend/vbd` is its own; xbbd beside it serves `backend/xbbd`.
+OWN_TYPE = "xbbd"
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,7 +41,7 @@ class Parameters:
     persistent: bool
 
 
-@back_driver("vbd")
+@back_driver("vbd", OWN_TYPE)
 class Xbbd(XenbusDriver):
     """max_ring_page_order, max_persistent_grants, max_indirect_segments: what a front may have of it; 0 for
     the last two is not to offer it."""

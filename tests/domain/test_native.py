@@ -1,0 +1,58 @@
+"""What a process serves of a real domain: which types are left to Linux, and what it must not have."""
+
+from __future__ import annotations
+
+import pytest
+
+from xenbus.bus import Side, drivers
+from xenbus.domain.native import Served
+from xenbus.drivers.block.xbbd import Xbbd
+from xenbus.drivers.block.xbd import Xbd
+from xenbus.errors import UsageError
+
+BOTH = frozenset({Side.FRONT, Side.BACK})
+
+
+def test_linux_s_types_are_left_alone_unless_they_are_claimed():
+    drivers.load_entry_points()
+    part = drivers.only(Served().accepts)
+    assert list(part.candidates(Side.BACK, "xbbd")) == [Xbbd]
+    assert list(part.candidates(Side.BACK, "vbd")) == [] and "vbd" not in part.types(Side.BACK)
+    part = drivers.only(Served(BOTH, frozenset({"vbd"})).accepts)
+    assert list(part.candidates(Side.BACK, "vbd")) == [Xbbd]
+    assert list(part.candidates(Side.FRONT, "vbd")) == [Xbd]
+    assert Served(BOTH, frozenset({"vbd"})).types() == {
+        "frontend": part.types(Side.FRONT),
+        "backend": part.types(Side.BACK),
+    }
+
+
+def test_drivers_that_come_later_are_found_too():
+    part = drivers.only(lambda side, name: name == "late")
+
+    class Late(Xbbd):
+        name = "late"
+
+    part.add(Side.BACK, "late", Late)
+    try:
+        assert (
+            list(part.candidates(Side.BACK, "late")) == [Late] == list(drivers.candidates(Side.BACK, "late"))
+        )
+    finally:
+        part.remove(Late)
+    assert not list(part.candidates(Side.BACK, "late"))
+
+
+@pytest.mark.parametrize("side, bus", [(Side.BACK, "xen-backend"), (Side.FRONT, "xen")])
+def test_what_linux_s_driver_has_cannot_be_claimed(tmp_path, side, bus):
+    served = Served(frozenset({side}), frozenset({"vbd"}))
+    served.check(tmp_path)
+    (tmp_path / "sys/bus" / bus / "drivers/vbd").mkdir(parents=True)
+    with pytest.raises(UsageError, match="Linux's own driver has every"):
+        served.check(tmp_path)
+    Served(frozenset({side})).check(tmp_path)
+
+
+def test_what_nobody_drives_cannot_be_claimed(tmp_path):
+    with pytest.raises(UsageError, match="no driver for 'vtoaster'"):
+        Served(claims=frozenset({"vtoaster"})).check(tmp_path)
