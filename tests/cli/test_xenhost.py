@@ -58,7 +58,7 @@ def test_live_answers_stand_in_the_store_s_view(xenbus, host, tmp_path, monkeypa
     assert xenbus("domain", "create", "g", *at)[0] == 0
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
-    assert xenbus("attach", "block", "--domain", "g", "--image", str(image))[0] == 0
+    assert xenbus("attach", "block", "--domain", "g", "--image", str(image), *at)[0] == 0
     domid = str(json.loads(xenbus("domain", "list", "g", "--json")[1])[0]["domid"])
     foreign(xenbus, domid)
 
