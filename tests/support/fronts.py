@@ -16,17 +16,16 @@ SLOTS = range(64, 96)  # where it writes, in blocks
 APPEAR = 90.0  # seconds, under emulation
 Sums = Mapping[int, str]
 
-_LOAD = """
-(rm -f /tmp/stop-{dev} /tmp/stopped-{dev} /tmp/log-{dev}; i=0
-while [ ! -e /tmp/stop-{dev} ]; do
-  slot=$(({first} + i % {count}))
-  dd if=/dev/urandom of=/tmp/block-{dev} bs=64k count=1 2>/dev/null
-  dd if=/tmp/block-{dev} of=/dev/{dev} bs=64k seek=$slot conv=fsync,notrunc 2>/dev/null || echo "failed $slot"
-  echo "$slot $(sha256sum </tmp/block-{dev})"
-  i=$((i + 1))
-done >/tmp/log-{dev}
-touch /tmp/stopped-{dev}) </dev/null >/dev/null 2>&1 &
-"""
+# One line: the guest's shell evaluates each as it comes.
+_LOAD = (
+    "(rm -f /tmp/stop-{dev} /tmp/stopped-{dev} /tmp/log-{dev}; i=0; "
+    "while [ ! -e /tmp/stop-{dev} ]; do slot=$(({first} + i % {count})); "
+    "dd if=/dev/urandom of=/tmp/block-{dev} bs=64k count=1 2>/dev/null; "
+    "dd if=/tmp/block-{dev} of=/dev/{dev} bs=64k seek=$slot conv=fsync,notrunc 2>/dev/null "
+    "|| echo failed $slot; "
+    "echo $slot $(sha256sum </tmp/block-{dev}); i=$((i + 1)); "
+    "done >/tmp/log-{dev}; touch /tmp/stopped-{dev}) </dev/null >/dev/null 2>&1 &"
+)
 
 
 class LinuxFront:
@@ -59,7 +58,7 @@ class LinuxFront:
         return (await self.guest.run("sha256sum /tmp/new")).split()[0]
 
     async def load(self, dev: str) -> None:
-        await self.guest.run(_LOAD.format(dev=dev, first=SLOTS[0], count=len(SLOTS)))
+        await self.guest.run(_LOAD.format(dev=dev, first=SLOTS[0], count=len(SLOTS)) + " true")
         await self.progress(dev)
 
     async def progress(self, dev: str, writes: int = 3) -> None:
@@ -92,7 +91,7 @@ import hashlib, os
 from xenbus.bus import Side
 from xenbus.domain.native import Served, native_runtime
 from xenbus.drivers.block.blkif import vdev_number
-for name, value in options.items():
+for name, value in options:
     from xenbus.drivers.block.xbd import Xbd
     setattr(Xbd, name, value)
 runtime = await native_runtime(Served(frozenset({Side.FRONT}), frozenset({"vbd"})))
@@ -172,7 +171,7 @@ class XbdFront:
         self.options = options
 
     async def start(self) -> None:
-        await self.guest.call(_START, APPEAR, options=self.options)
+        await self.guest.call(_START, APPEAR, options=[list(pair) for pair in self.options.items()])
 
     async def appear(self, dev: str) -> None:
         await self.guest.call("await appear(name, seconds)", APPEAR + 10, name=dev, seconds=APPEAR)

@@ -1,30 +1,42 @@
-"""A Linux guest on a real Xen, made by xl and driven by its console: commands in, output and exit code out.
+"""Linux guests on a real Xen, made by dom0's xl and driven by their consoles. No test here.
 
-Its /init is the lab's: it evaluates each line that comes. Needs dom0's xl and xenconsoled. No test here.
+`xl_guest`: busybox; a line of shell in, its output out. `python_guest`: Python with our `src` in it; source
+in, its value out. Both can be saved and restored: the handle stays usable, `domid` and the console change.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import re
+import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.support.guest_agent import MARK
+from tests.support.hypervisor_actor import pack, unpack
 from xenbus.xenstore.client import Client
 
 KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
+PYTHON_INITRD = Path("/guest/python.cpio")
 BOOT_SECONDS = 120.0  # under emulation, on a busy machine
 COMMAND_SECONDS = 60.0
+CONSOLE_LINE = "console=hvc0 loglevel=3 panic=1"
 
 
 async def xl(*words: str, seconds: float = 60.0) -> str:
     """Its output; AssertionError with what it said if it fails."""
+    return await program("xl", *words, seconds=seconds)
+
+
+async def program(*command: str, seconds: float = 60.0) -> str:
+    """A program's output; AssertionError with it if its exit code is not 0."""
     process = await asyncio.create_subprocess_exec(
-        "xl", *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     try:
         out, _ = await asyncio.wait_for(process.communicate(), seconds)
@@ -32,21 +44,42 @@ async def xl(*words: str, seconds: float = 60.0) -> str:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, f"xl {' '.join(words)}: {out.decode(errors='replace')}"
+    assert process.returncode == 0, f"{' '.join(command)}: {out.decode(errors='replace')}"
     return out.decode()
 
 
-class XlGuest:
-    """`run` a line of shell in it. `said` is all of its console so far."""
+class GuestError(AssertionError):
+    """What the guest's Python raised: `kind` is the exception's class name, `args_there` its arguments."""
 
-    def __init__(self, name: str, domid: int, console: int) -> None:
+    def __init__(self, answer: dict[str, object]) -> None:
+        super().__init__(f"in the guest: {answer['trace']}")
+        self.kind = str(answer["error"])
+        self.said = str(answer["said"])
+        self.args_there = answer["args"]
+
+
+class Guest:
+    """A domain made by xl, and its console. `said` is all of the console so far, over saves and restores."""
+
+    def __init__(self, name: str, store: Client) -> None:
         self.name = name
-        self.domid = domid
+        self.domid = -1
         self.said = ""
-        self._console = console
+        self._store = store
+        self._console = -1
         self._more = asyncio.Event()
         self._numbers = itertools.count(1)
-        asyncio.get_running_loop().add_reader(console, self._read)
+        self._unsent = bytearray()
+
+    async def attach(self) -> None:
+        """Finds the domain by its name and opens its console; after `xl create` and `xl restore`."""
+        self.domid = int(await xl("domid", self.name))
+        path = f"/local/domain/{self.domid}/console/tty"
+        tty = await self._store.wait_for(path, bool, BOOT_SECONDS)
+        assert tty is not None
+        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+        self._console = os.open(tty.decode(), flags)
+        asyncio.get_running_loop().add_reader(self._console, self._read)
 
     def _read(self) -> None:
         try:
@@ -59,6 +92,23 @@ class XlGuest:
             asyncio.get_running_loop().remove_reader(self._console)
         self.said += data.decode(errors="replace").replace("\r", "")
         self._more.set()
+
+    def send(self, line: str) -> None:
+        """A line for the console. The terminal takes 4 KiB at once, the rest goes when there is room."""
+        self._unsent += line.encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._console, self._unsent)]
+        except BlockingIOError:
+            loop.add_writer(self._console, self._write)
+        except OSError:  # as in _read; who waits for an answer is told by its deadline
+            self._unsent.clear()
+        if not self._unsent:
+            loop.remove_writer(self._console)
 
     async def wait_for(self, pattern: str, seconds: float, start: int = 0) -> re.Match[str]:
         """Until the console has said so, from `start` on. AssertionError with its end otherwise."""
@@ -75,43 +125,138 @@ class XlGuest:
 
     async def run(self, line: str, seconds: float = COMMAND_SECONDS) -> str:
         """The output of one line of shell; AssertionError if its exit code is not 0."""
+        raise NotImplementedError
+
+    async def save(self, path: Path, seconds: float = 120.0) -> None:
+        """`xl save`: the domain is gone afterwards, the handle waits for `restore`."""
+        await xl("save", self.name, str(path), seconds=seconds)
+        self.close()
+
+    async def checkpoint(self, path: Path, seconds: float = 120.0) -> None:
+        """`xl save -c`: the guest goes on as the same domain; for it the suspend was cancelled."""
+        await xl("save", "-c", self.name, str(path), seconds=seconds)
+
+    async def restore(self, path: Path, seconds: float = 120.0) -> None:
+        """`xl restore`: the name stays, `domid` and the console are new ones. The file is removed."""
+        await xl("restore", str(path), seconds=seconds)
+        path.unlink()
+        await self.attach()
+
+    async def destroy(self) -> None:
+        """`xl destroy`; nothing if there is none of that name."""
+        self.close()
+        if any(line.split()[0] == self.name for line in (await xl("list")).splitlines()):
+            await xl("destroy", self.name)
+
+    def close(self) -> None:
+        if self._console >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._console)
+            loop.remove_writer(self._console)
+            os.close(self._console)
+            self._console = -1
+
+
+class XlGuest(Guest):
+    """Busybox: its /init evaluates each line that comes."""
+
+    async def run(self, line: str, seconds: float = COMMAND_SECONDS) -> str:
         number, start = next(self._numbers), len(self.said)
-        os.write(self._console, f"{{ {line}; }} 2>&1; echo @@{number} $?\n".encode())
-        end = await self.wait_for(rf"^@@{number} (\d+)$", seconds, start)
+        self.send(f"{{ {line}; }} 2>&1; echo @@{number} $?")
+        end = await self.wait_for(rf"^@@{number} (\d+)\n", seconds, start)
         out = self.said[start : end.start()]
         assert end[1] == "0", f"{line}: {end[1]}: {out}"
         return out
 
-    def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._console)
-        os.close(self._console)
+
+class PythonGuest(Guest):
+    """Python with our `src`: tests/support/guest_agent.py answers on its console."""
+
+    async def call(self, source: str, seconds: float = COMMAND_SECONDS, /, **args: object) -> object:
+        """Runs source, `await` included, in the guest's one namespace; the value of its last expression.
+
+        args: set there first. Arguments and value: what JSON has, bytes, tuples (they arrive as lists).
+        GuestError if it raises. What it starts, tasks too, stays; calls may run side by side.
+        """
+        packed = {name: pack(value) for name, value in args.items()}
+        return await self._ask({"do": "exec", "source": source, "args": packed}, seconds)
+
+    async def run(self, line: str, seconds: float = COMMAND_SECONDS) -> str:
+        code, out = await self._ask({"do": "shell", "line": line}, seconds)
+        assert code == 0, f"{line}: {code}: {out}"
+        return out
+
+    async def _ask(self, command: dict[str, object], seconds: float):
+        number, start = next(self._numbers), len(self.said)
+        self.send(json.dumps({"id": number} | command))
+        found = await self.wait_for(rf'^{MARK}({{"id": {number}[,}}].*)\n', seconds, start)
+        answer = json.loads(found[1])
+        if "error" in answer:
+            raise GuestError(answer)
+        return unpack(answer["value"])
+
+
+@asynccontextmanager
+async def _guest(guest, initrd, memory, vcpus, disks, extra, config) -> AsyncIterator[None]:
+    lines = [
+        'type="pv"',
+        f'name="{guest.name}"',
+        f'kernel="{KERNEL}"',
+        f'ramdisk="{initrd}"',
+        f"memory={memory}",
+        f"vcpus={vcpus}",
+        f"disk={[*disks]!r}",
+        'on_crash="destroy"',
+        f'extra="{CONSOLE_LINE} {extra}"',
+        config,
+    ]
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            path = Path(work) / "guest.cfg"
+            path.write_text("\n".join(lines) + "\n")
+            await xl("create", "-q", str(path))
+        await guest.attach()
+        await guest.run("true", BOOT_SECONDS)
+        yield
+    finally:
+        await guest.destroy()
 
 
 @asynccontextmanager
 async def xl_guest(
-    store: Client, name: str, *, memory: int = 256, extra: str = "", devices: str = ""
+    store: Client,
+    name: str,
+    *,
+    memory: int = 256,
+    vcpus: int = 1,
+    disks: Sequence[str] = (),
+    extra: str = "",
+    config: str = "",
 ) -> AsyncIterator[XlGuest]:
-    """A PV guest of one CPU, up when the body runs, destroyed after it. Without devices, but for the lines of
-    its configuration in `devices`."""
-    with tempfile.TemporaryDirectory() as work:
-        config = Path(work) / "guest.cfg"
-        config.write_text(
-            f'type="pv"\nname="{name}"\nkernel="{KERNEL}"\nramdisk="{INITRD}"\nmemory={memory}\nvcpus=1\n'
-            f'on_crash="destroy"\nextra="console=hvc0 loglevel=3 panic=1 {extra}"\n'
-            f"{devices}"
-        )
-        await xl("create", "-q", str(config))
-    domid = int(await xl("domid", name))
-    try:
-        tty = await store.wait_for(f"/local/domain/{domid}/console/tty", bool, BOOT_SECONDS)
-        assert tty is not None
-        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
-        guest = XlGuest(name, domid, os.open(tty.decode(), flags))
-        try:
-            await guest.run("true", BOOT_SECONDS)
-            yield guest
-        finally:
-            guest.close()
-    finally:
-        if name in await xl("list"):
-            await xl("destroy", name)
+    """A busybox guest with Linux's xen-blkfront, up when the body runs, destroyed after it.
+
+    memory: MiB; disks: lines of xl-disk-configuration(5); extra: for the kernel's command line; config: more
+    lines of xl.cfg(5)
+    """
+    guest = XlGuest(name, store)
+    async with _guest(guest, INITRD, memory, vcpus, disks, extra, config):
+        yield guest
+
+
+@asynccontextmanager
+async def python_guest(
+    store: Client,
+    name: str,
+    *,
+    memory: int = 256,
+    vcpus: int = 1,
+    disks: Sequence[str] = (),
+    extra: str = "",
+    config: str = "",
+) -> AsyncIterator[PythonGuest]:
+    """The same with Python in it and without xen-blkfront, until a test runs `modprobe xen-blkfront`."""
+    if not PYTHON_INITRD.exists():
+        await program(sys.executable, "/xenbus/tools/xen/python_guest.py", str(PYTHON_INITRD), seconds=120)
+    guest = PythonGuest(name, store)
+    async with _guest(guest, PYTHON_INITRD, memory, vcpus, disks, extra, config):
+        yield guest

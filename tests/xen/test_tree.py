@@ -79,7 +79,7 @@ async def guest_with_devices(store: Client, folder: Path) -> AsyncIterator[XlGue
     with linux_back_ends(), loop_device(image) as device:
         disk = f"script={block},vdev=xvda,access=rw,target={device}"
         devices = f'disk=["{disk}"]\nvif=["script={vif},mac=00:16:3e:01:02:03"]\n'
-        async with xl_guest(store, "linux", devices=devices) as guest:
+        async with xl_guest(store, "linux", config=devices) as guest:
             yield guest
 
 

@@ -59,9 +59,9 @@ class Writer:
                 self._parents.add(path)
                 self._entry(path, stat.S_IFDIR | 0o755)
 
-    def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
+    def file(self, name: str, data: bytes, mode: int = 0o644, *, mtime: int = 0) -> None:
         self._make_parents(name)
-        self._entry(name, stat.S_IFREG | mode, data)
+        self._entry(name, stat.S_IFREG | mode, data, mtime=mtime)
 
     def directory(self, name: str, mode: int = 0o755) -> None:
         self._make_parents(name)

@@ -27,7 +27,7 @@ NEEDS = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "d
 
 PACKAGES = (
     "python3,python3-pytest,python3-pytest-timeout,python3-click,python3-rich,"
-    "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static"
+    "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static,mount,nbdkit"
 )
 DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "

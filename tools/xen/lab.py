@@ -29,7 +29,7 @@ import image
 from cpio import Writer
 
 ROOT = Path(__file__).parents[2]
-TREES = ("src", "tests", "bench")
+TREES = ("src", "tests", "bench", "tools")
 RESULTS_SIZE = 256 << 20  # of the disk by which dom0 hands out its results; sparse
 LOST = 70  # sysexits.h, EX_SOFTWARE
 MACHINE = "-accel tcg,thread=multi -cpu qemu64,+svm -smp 2 -m 4096 -nic none -display none -no-reboot".split()
