@@ -1,14 +1,15 @@
-"""xbbd, the back half of a `vbd`: opens what `params` names, walks the handshake, connects a queue.
+"""xbbd, the back half of a `vbd`: opens what `params` names, walks the handshake, connects its queues.
 
-Knows its device and the peer's keys; requests are xbbd_io's, pages xbbd_grants', bytes the storage's.
+Knows its device and the peer's keys; a queue's ring and port are xbbd_queue's, requests xbbd_io's, pages
+xbbd_grants', bytes the storage's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
 from xenbus.drivers.block import blkif
@@ -16,25 +17,24 @@ from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
+from xenbus.drivers.block.xbbd_queue import QueueKeys, QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.block.xbd import number
 from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError
-from xenbus.hypervisor.interface import Channel
-from xenbus.hypervisor.interface import Mapping as GrantMapping
 from xenbus.ring.shared import BackRing
 
 # Seconds for the disk to end what it is at when the front goes, and for the front to go when we are detached:
 # together less than the bus gives a detach.
 DRAIN_TIMEOUT = 3.0
 DETACH_TIMEOUT = 6.0
+T = TypeVar("T")
 
 
 @dataclass(slots=True, frozen=True)
 class Parameters:
-    """A front's transport parameters: ring refs in order, port, layout, whether it uses its grants again."""
+    """A front's transport parameters: its queues, how it lays out slots, whether it uses its grants again."""
 
-    refs: tuple[int, ...]
-    port: int
+    queues: tuple[QueueKeys, ...]
     abi: blkif.Abi
     persistent: bool
 
@@ -57,9 +57,7 @@ class Xbbd(XenbusDriver):
         self.counters = Counters()
         self._storage: Storage | None = None
         self._discard = False
-        self._mapping: GrantMapping | None = None
-        self._channel: Channel | None = None
-        self._queue: BackQueue | None = None
+        self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
         self._parameters: Parameters | None = None
         self._grants: Grants | None = None
         self._busy = asyncio.Lock()  # connecting and disconnecting: detach may run beside otherend_changed
@@ -92,18 +90,16 @@ class Xbbd(XenbusDriver):
     async def suspend(self) -> None:
         """A driver domain of its own is suspended: what runs is let end."""
         async with self._busy:
-            if self._queue is not None:
-                await self._queue.pause(DRAIN_TIMEOUT)
+            await _all(link.pause(DRAIN_TIMEOUT) for link in self._links)
 
     async def resume(self, cancelled: bool) -> None:
         async with self._busy:
             if cancelled:
-                if self._queue is not None:
-                    self._queue.unpause()
+                for link in self._links:
+                    link.unpause()
                 return
-            if self._queue is not None:
-                await self._queue.stop(0)
-            self._queue = self._grants = self._channel = self._mapping = None
+            links, self._links, self._grants = self._links, [], None
+            await _all(link.abandon() for link in links)
         storage = self._storage
         if storage is not None:
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
@@ -129,9 +125,9 @@ class Xbbd(XenbusDriver):
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         counters = self.counters
         leaves: dict[str, Callable[[], object]] = {
-            "ring_pages": lambda: len(self._mapping.refs) if self._mapping is not None else 0,
+            "ring_pages": lambda: sum(link.ring_pages for link in self._links),
             "persistent_grants": lambda: self._grants.pages if self._grants is not None else 0,
-            "inflight": lambda: self._queue.inflight if self._queue is not None else 0,
+            "inflight": lambda: sum(link.inflight for link in self._links),
             "errors": lambda: counters.errors,
             "last_error": lambda: counters.last_error,
             "sectors_read": lambda: counters.sectors[READ],
@@ -200,10 +196,10 @@ class Xbbd(XenbusDriver):
         async with self._busy:
             if dev.state in (XenbusState.CLOSING, XenbusState.CLOSED):
                 return
-            if self._queue is not None and dev.otherend_state is not XenbusState.INITIALISED:
+            if self._links and dev.otherend_state is not XenbusState.INITIALISED:
                 return  # Connected, as we are
             parameters = await self._front_parameters()
-            if self._queue is not None:
+            if self._links:
                 if parameters == self._parameters:
                     return
                 await self._give_back()  # it began anew, so fast that its Initialising was never seen
@@ -215,8 +211,9 @@ class Xbbd(XenbusDriver):
                 await self._give_back()
                 raise
             connected = await dev.set_state(XenbusState.CONNECTED, self._properties(storage))
-            if connected and self._queue is not None and self._channel is not None:
-                self._queue.start(self._channel)
+            if connected:
+                for link in self._links:
+                    link.start()
 
     async def _front_parameters(self) -> Parameters:
         """What the front published, or PeerError that names what is wrong with it."""
@@ -246,27 +243,31 @@ class Xbbd(XenbusDriver):
             if ref > 0xFFFFFFFF:
                 raise PeerError(f"{dev.otherend_path}/{key}: {ref} is no grant reference")
         abi = blkif.abi_of(said["protocol"])
-        return Parameters(tuple(refs[key] for key in keys), port, abi, bool(said["feature-persistent"]))
+        queue = QueueKeys(tuple(refs[key] for key in keys), port)
+        return Parameters((queue,), abi, bool(said["feature-persistent"]))
 
     async def _build(self, storage: Storage, front: Parameters) -> None:
-        dev, abi = self.dev, front.abi
-        self._mapping = await dev.map_ring(front.refs)
-        ring = BackRing(self._mapping.view, abi.request_size)
-        self._grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
-        self._queue = BackQueue(
-            ring,
-            abi,
-            storage,
-            self._grants,
-            self.counters,
-            readonly=storage.readonly,
-            discard=self._discard,
-            max_indirect=self.max_indirect_segments,
-            spawn=dev.spawn,
-            on_fatal=self._broken,
-        )
-        ring.unconsumed_requests()  # RingError now rather than in the first kick
-        self._channel = await dev.bind_evtchn(front.port, self._queue.kick)
+        dev = self.dev
+        grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
+        self._grants = grants
+
+        def serve(ring: BackRing) -> BackQueue:
+            return BackQueue(
+                ring,
+                front.abi,
+                storage,
+                grants,
+                self.counters,
+                readonly=storage.readonly,
+                discard=self._discard,
+                max_indirect=self.max_indirect_segments,
+                spawn=dev.spawn,
+                on_fatal=self._broken,
+            )
+
+        self._links = [QueueLink(dev, keys) for keys in front.queues]
+        for link in self._links:
+            await link.build(front.abi.request_size, serve)
 
     @staticmethod
     def _properties(storage: Storage) -> dict[str, object]:
@@ -280,7 +281,7 @@ class Xbbd(XenbusDriver):
 
     async def _front_restarted(self) -> None:
         """It begins anew without having closed (a guest that was reset): the old ring is nobody's."""
-        if self._queue is not None:
+        if self._links:
             await self._disconnect()
             if self.dev.state is XenbusState.CONNECTED:
                 await self.dev.set_state(XenbusState.INIT_WAIT)
@@ -304,21 +305,13 @@ class Xbbd(XenbusDriver):
             await self._give_back()
 
     async def _give_back(self) -> None:
-        dev = self.dev
-        queue, self._queue = self._queue, None
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.mask()
-        if queue is not None and not await queue.stop(DRAIN_TIMEOUT):
-            dev.log.warning("%d requests did not end within %g s", queue.inflight, DRAIN_TIMEOUT)
-        if channel is not None:
-            await dev.close_evtchn(channel)
+        links, self._links = self._links, []
         grants, self._grants = self._grants, None
+        left = sum(await _all(link.give_back(DRAIN_TIMEOUT) for link in links))
+        if left:
+            self.dev.log.warning("%d requests did not end within %g s", left, DRAIN_TIMEOUT)
         if grants is not None:
             await grants.close()
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            await dev.unmap(mapping)
 
     def _broken(self, error: PeerError) -> None:
         """The front broke its ring: this device is over, the others go on."""
@@ -327,3 +320,12 @@ class Xbbd(XenbusDriver):
     async def _give_up(self, error: PeerError) -> None:
         await self.dev.fatal(error)
         await self._disconnect()
+
+
+async def _all(doing: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Side by side: the deadlines of several queues do not add up. The first error, once all ended."""
+    results = await asyncio.gather(*doing, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
