@@ -1,18 +1,18 @@
 """A back ring whose private state outlives its process: what was taken is written down in shared memory.
 
-Knows rings, and that a request and its response share an id of 8 bytes; knows no files, and nothing else of what
-a slot means. Written so that its writer may die between any two stores: the kernel keeps what was stored, in
-order, so there are no fences here. It is no help against a crash of the machine, which takes the guests too.
+Knows rings, and that a request and its response share an id of 8 bytes; knows no files, and nothing else of
+what a slot means. Its writer may die between any two stores: the kernel keeps what was stored, in order, so
+there are no fences here. It is no help against a crash of the machine, which takes the guests too.
 
-The shared ring tells a new process how many responses were published (`rsp_prod`). What it cannot tell is which
-requests those answered, and how many were taken: their slots may hold responses by now. Hence, 8-byte aligned:
+The shared ring tells a new process how many responses were published (`rsp_prod`). What it cannot tell is
+which requests those answered, and how many were taken: their slots may hold responses by now. So, 8-aligned:
 
     header   magic, version, slot size, entries, identity (32 bytes), TAKEN
     seq[]    which request an entry holds
     rsp[]    which response answers it, 0 while none does
     raw[]    its slot as it was taken
 
-Requests and responses are counted in 64 bits from COUNT_BASE, whose low half is the ring's index: 0 is nobody,
+Requests and responses are counted in 64 bits from COUNT_BASE, whose low half is the ring's index: 0 is nobody
 and nothing wraps. An entry is live when its request is below TAKEN and its response is not below `rsp_prod`.
 """
 
@@ -37,7 +37,7 @@ MAX_ENTRIES: Final = 1 << 16
 
 
 class JournalError(XenbusError):
-    """A journal that cannot be used: not one of ours, another connection's, or one that contradicts itself."""
+    """A journal that cannot be used: none of ours, another connection's, or one that contradicts itself."""
 
 
 def journal_size(entries: int, slot_size: int) -> int:
@@ -91,7 +91,7 @@ class Journal:
             raise JournalError(f"no journal of version {VERSION}: it begins with {magic!r}, {version}")
         if (slot_size, entries) != (self.slot_size, self.entries):
             raise JournalError(
-                f"it is for {entries} slots of {slot_size} bytes, the ring has {self.entries} of {self.slot_size}"
+                f"it is for {entries} slots of {slot_size} bytes, not {self.entries} of {self.slot_size}"
             )
         if whose != identity:
             raise JournalError("it is another connection's")
@@ -125,6 +125,8 @@ class Journal:
         for entry in set(range(self.entries)).difference(live):
             seq[entry] = 0
         # A response that was tied and not published will be another request's.
+        for entry in live:
+            rsp[entry] = 0
         return published, live
 
 
@@ -220,7 +222,7 @@ class JournalledRing(BackRing):
         return notify
 
     def _tie(self, count: int) -> list[int]:
-        """Which requests the next `count` responses answer, written down. It counts once they are published."""
+        """Writes down which requests the next `count` responses answer. It counts once they are published."""
         waiting, rsp, index = self._waiting, self._journal.rsp, self._published
         # Unanswered are as many as were taken and not published: so this is the next response's count.
         number = self._taken - ((self._taken - index) & MASK)
