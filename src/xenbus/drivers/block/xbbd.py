@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
+from xenbus.bus.journals import JournalBusy, identity
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
+from xenbus.drivers.block.xbbd_journal import Journals
 from xenbus.drivers.block.xbbd_queue import QueueKeys, QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.block.xbd import number
 from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError
+from xenbus.ring.journal import JournalError
 from xenbus.ring.shared import BackRing
 
 # Seconds for the disk to end what it is at when the front goes, and for the front to go when we are detached:
@@ -28,6 +31,9 @@ from xenbus.ring.shared import BackRing
 DRAIN_TIMEOUT = 3.0
 DETACH_TIMEOUT = 6.0
 T = TypeVar("T")
+
+# Where a front that was connected may stand, with requests in its rings.
+_HAS_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,6 +66,8 @@ class Xbbd(XenbusDriver):
         self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
         self._parameters: Parameters | None = None
         self._grants: Grants | None = None
+        self._journals = Journals(dev)
+        self._again = 0
         self._busy = asyncio.Lock()  # connecting and disconnecting: detach may run beside otherend_changed
         self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
             XenbusState.INITIALISING: self._front_restarted,
@@ -74,13 +82,38 @@ class Xbbd(XenbusDriver):
     async def attach(self) -> None:
         storage = await self._open()
         try:
-            self._discard = storage.discards and not storage.readonly
-            if self._discard and await self.dev.read_opt("discard-enable") == "0":
-                self._discard = False
+            self._discard = await self._may_discard(storage)
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
         except BaseException:
             await self._close_storage()  # a device that was not attached is not detached
             raise
+
+    async def recover(self) -> None:
+        """Goes on with the rings, and the requests in them, of a process that was killed."""
+        dev, peer = self.dev, self.dev.otherend_state
+        if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
+            await self.attach()  # it began anew, and waits for us to do so
+        elif dev.state is not XenbusState.CLOSED and peer in _HAS_RING:
+            try:
+                await self._resume_rings()
+            except JournalBusy:
+                raise
+            except JournalError:
+                if peer is not XenbusState.INITIALISED:
+                    raise
+                await self._connect()  # it has asked for nothing yet
+        elif peer is XenbusState.UNKNOWN:
+            raise PeerError(f"{dev.otherend}: its state cannot be read")
+
+    async def release(self) -> None:
+        """Another process goes on: what runs ends, and the journals stay."""
+        try:
+            async with self._busy:
+                left = await self._give_back(keep=True)
+        finally:
+            await self._close_storage()
+        if left:
+            raise DeadlineError("requests in flight to end", self.dev.nameunit, DRAIN_TIMEOUT)
 
     async def otherend_changed(self, state: XenbusState) -> None:
         act = self._states.get(state)
@@ -128,6 +161,8 @@ class Xbbd(XenbusDriver):
             "ring_pages": lambda: sum(link.ring_pages for link in self._links),
             "persistent_grants": lambda: self._grants.pages if self._grants is not None else 0,
             "inflight": lambda: sum(link.inflight for link in self._links),
+            "journal": lambda: self._journals.state,
+            "requests_again": lambda: self._again,
             "errors": lambda: counters.errors,
             "last_error": lambda: counters.last_error,
             "sectors_read": lambda: counters.sectors[READ],
@@ -165,6 +200,11 @@ class Xbbd(XenbusDriver):
             raise UsageError(f"{storage.target}: {wrong}")
         self._storage = storage
         return storage
+
+    async def _may_discard(self, storage: Storage) -> bool:
+        if not storage.discards or storage.readonly:
+            return False
+        return await self.dev.read_opt("discard-enable") != "0"
 
     async def _close_storage(self) -> None:
         storage, self._storage = self._storage, None
@@ -215,6 +255,35 @@ class Xbbd(XenbusDriver):
                 for link in self._links:
                     link.start()
 
+    async def _resume_rings(self) -> None:
+        """From `recover`. Raises what makes it impossible, a journal that does not fit above all."""
+        dev = self.dev
+        async with self._busy:
+            parameters = await self._front_parameters()
+            storage = await self._open()
+            try:
+                self._discard = await self._may_discard(storage)
+                await self._check_same_disk(storage)
+                self._parameters = parameters
+                await self._build(storage, parameters, resumes=True)
+            except BaseException:
+                await self._give_back()
+                await self._close_storage()
+                raise
+            again = sum(link.again for link in self._links)
+            self._again += again
+            dev.log.info("goes on for a process that ended: %d requests are done again", again)
+            for link in self._links:
+                link.start()
+                link.kick_front()
+
+    async def _check_same_disk(self, storage: Storage) -> None:
+        """UsageError if the front was told of another disk than this one."""
+        now = self._properties(storage)
+        told = await self.dev.gather(dict.fromkeys(now, int))
+        if told["sectors"] > now["sectors"] or any(told[key] != now[key] for key in ("sector-size", "info")):
+            raise UsageError(f"{storage.target}: it is {now}, and its guest was told {told}")
+
     async def _front_parameters(self) -> Parameters:
         """What the front published, or PeerError that names what is wrong with it."""
         dev = self.dev
@@ -246,7 +315,7 @@ class Xbbd(XenbusDriver):
         queue = QueueKeys(tuple(refs[key] for key in keys), port)
         return Parameters((queue,), abi, bool(said["feature-persistent"]))
 
-    async def _build(self, storage: Storage, front: Parameters) -> None:
+    async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
         dev = self.dev
         grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
         self._grants = grants
@@ -266,11 +335,23 @@ class Xbbd(XenbusDriver):
             )
 
         self._links = [QueueLink(dev, keys) for keys in front.queues]
-        for link in self._links:
-            await link.build(front.abi.request_size, serve)
+        for n, link in enumerate(self._links):
+            whose = identity(
+                dev.node,
+                dev.otherend_id,
+                dev.otherend_path,
+                n,
+                len(self._links),
+                front.abi.name,
+                *link.keys.refs,
+                link.keys.port,
+            )
+            size = front.abi.request_size
+            open_journal = self._journals.opener(storage, n, whose, size, resumes=resumes)
+            await link.build(front.abi, serve, open_journal)
 
     @staticmethod
-    def _properties(storage: Storage) -> dict[str, object]:
+    def _properties(storage: Storage) -> dict[str, int]:
         """`sectors` in 512 bytes whatever the sector size (blkif.h, "Backend Device Properties")."""
         return {
             "sectors": storage.size >> blkif.SECTOR_SHIFT,
@@ -304,14 +385,18 @@ class Xbbd(XenbusDriver):
         async with self._busy:
             await self._give_back()
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, *, keep: bool = False) -> int:
+        """Returns how many requests did not end. keep: another process goes on with the rings."""
         links, self._links = self._links, []
         grants, self._grants = self._grants, None
-        left = sum(await _all(link.give_back(DRAIN_TIMEOUT) for link in links))
+        left = sum(await _all(link.give_back(DRAIN_TIMEOUT, keep=keep) for link in links))
         if left:
             self.dev.log.warning("%d requests did not end within %g s", left, DRAIN_TIMEOUT)
         if grants is not None:
             await grants.close()
+        if not keep:
+            self._journals.discard()
+        return left
 
     def _broken(self, error: PeerError) -> None:
         """The front broke its ring: this device is over, the others go on."""
