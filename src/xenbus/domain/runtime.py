@@ -120,8 +120,8 @@ class DomainRuntime:
     async def stop(self, *, handover: bool = False) -> None:
         """Orderly: devices close, front ends first, then the store connection and what the handle holds.
 
-        A domain whose store or broker is lost has nobody to be orderly with. handover: back ends do not close,
-        they are left for another process (see XenBus.release).
+        A domain whose store or broker is lost has nobody to be orderly with. handover: back ends do not
+        close, they are left for another process (see XenBus.release).
         """
         lost = self.ended.done() and self.ended.result() == "lost"
         if lost and self._store is not None:
