@@ -1,4 +1,4 @@
-"""A bus that goes on with what a former process left: each state, each kind of driver, what it may not touch."""
+"""A bus that goes on with what a former process left: each state, and what it must leave alone."""
 
 from __future__ import annotations
 

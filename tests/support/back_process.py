@@ -35,13 +35,16 @@ class BackProcess:
         *,
         inherits: bool = True,
         stick: int | None = None,
+        patience: float | None = None,
     ) -> BackProcess:
-        """Up and ready. stick: so many writes are done, all later ones hang."""
+        """Up and ready. stick: so many writes are done, all later ones hang; patience: seconds that a former
+        process has to be gone, if not xbbd's own."""
         command = [sys.executable, "-m", "tests.support.back_process", "--store", store]
         command += ["--handle", str(handle.fileno())] if handle is not None else []
         command += ["--journals", str(journals)] if journals is not None else []
         command += ["--inherits"] if inherits else []
         command += ["--stick", str(stick)] if stick is not None else []
+        command += ["--patience", str(patience)] if patience is not None else []
         process = await asyncio.create_subprocess_exec(
             *command,
             stdout=asyncio.subprocess.PIPE,
@@ -147,7 +150,12 @@ def main() -> None:
     parser.add_argument("--journals", type=Path)
     parser.add_argument("--inherits", action="store_true")
     parser.add_argument("--stick", type=int)
+    parser.add_argument("--patience", type=float)
     given = parser.parse_args()
+    if given.patience is not None:
+        from xenbus.drivers.block import xbbd
+
+        xbbd.BUSY_TIMEOUT = given.patience
     if given.stick is not None:
         _stick(given.stick)
     from xenbus.hypervisor.polling import polling_loop

@@ -6,6 +6,8 @@ The front is xbd in this process; it must see nothing but a pause.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import random
 from contextlib import asynccontextmanager
 
@@ -253,6 +255,45 @@ def test_what_cannot_go_on_closes_in_order(tmp_path, why):
             await r.disk.read(0, PAGE)
         if why == "no directory":
             files[0].unlink()
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_process_that_is_not_quite_gone_is_waited_for(tmp_path):
+    async def test(r):
+        await r.rise(stick=0)
+        await r.plug()
+        writing = asyncio.create_task(r.disk.write(0, b"z" * PAGE))
+        await until(lambda: r.bus.devices["device/vbd/51712"].driver.queue.inflight)
+        await r.back.kill()
+        fd = os.open(next(r.journals.iterdir()), os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        rising = asyncio.create_task(r.rise())
+        await r.tool.wait_for("/local/domain/0/backend/vbd/1/51712/state", lambda raw: raw == b"4", 5)
+        done, _ = await asyncio.wait([rising], timeout=1.5)
+        assert not done and not writing.done()
+        os.close(fd)
+        assert (await rising).again == 1
+        await writing
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_second_process_leaves_the_first_one_s_devices_alone(tmp_path):
+    async def test(r):
+        first = await r.rise()
+        await r.plug()
+        second = await r.rise(patience=0.2)
+        async with load(r):
+            await progress(r, 5)
+            assert await r.states() == (S.CONNECTED, S.CONNECTED)
+            await second.stop()
+            await progress(r, 5)
+            await first.kill()
+            await r.rise()
+            await progress(r, 5)
         await r.unplug()
 
     run(test, tmp_path)

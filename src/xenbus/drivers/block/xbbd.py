@@ -22,7 +22,8 @@ from xenbus.drivers.block.xbbd_journal import Journals
 from xenbus.drivers.block.xbbd_queue import QueueKeys, QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.block.xbd import number
-from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError
+from xenbus.errors import DeadlineError, HypervisorError, NoEntry, PeerError, UsageError
+from xenbus.newbus import NoMatch
 from xenbus.ring.journal import JournalError
 from xenbus.ring.shared import BackRing
 
@@ -30,6 +31,9 @@ from xenbus.ring.shared import BackRing
 # together less than the bus gives a detach.
 DRAIN_TIMEOUT = 3.0
 DETACH_TIMEOUT = 6.0
+# Seconds for a process that we go on for to be gone: its journals unlocked, and then its ports unbound.
+BUSY_TIMEOUT = 10.0
+PORT_TIMEOUT = 1.0
 T = TypeVar("T")
 
 # Where a front that was connected may stand, with requests in its rings.
@@ -96,8 +100,9 @@ class Xbbd(XenbusDriver):
         elif dev.state is not XenbusState.CLOSED and peer in _HAS_RING:
             try:
                 await self._resume_rings()
-            except JournalBusy:
-                raise
+            except JournalBusy as busy:
+                self.dev.log.error("left alone: %s", busy)
+                raise NoMatch(str(busy)) from None
             except JournalError:
                 if peer is not XenbusState.INITIALISED:
                     raise
@@ -261,11 +266,11 @@ class Xbbd(XenbusDriver):
         async with self._busy:
             parameters = await self._front_parameters()
             storage = await self._open()
+            self._parameters = parameters
             try:
                 self._discard = await self._may_discard(storage)
                 await self._check_same_disk(storage)
-                self._parameters = parameters
-                await self._build(storage, parameters, resumes=True)
+                await self._take_over(storage, parameters)
             except BaseException:
                 await self._give_back()
                 await self._close_storage()
@@ -276,6 +281,21 @@ class Xbbd(XenbusDriver):
             for link in self._links:
                 link.start()
                 link.kick_front()
+
+    async def _take_over(self, storage: Storage, front: Parameters) -> None:
+        """The kernel may still be at the former process's end: its threads in system calls, its ports."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        while True:
+            try:
+                await self._build(storage, front, resumes=True)
+                return
+            except (JournalBusy, HypervisorError) as error:
+                limit = BUSY_TIMEOUT if isinstance(error, JournalBusy) else PORT_TIMEOUT
+                if now() - began >= limit:
+                    raise
+            await self._give_back(keep=True)
+            await asyncio.sleep(0.05)
 
     async def _check_same_disk(self, storage: Storage) -> None:
         """UsageError if the front was told of another disk than this one."""
