@@ -38,11 +38,13 @@ class Guest:
     async def connect(self, wrap: Callable[[Any], Any] = lambda transport: transport) -> Client:
         return await Client.connect(wrap(self.world.daemon.connect_local(self.domid)))
 
-    async def start(self, settings: Settings, wrap: Callable[[Any], Any] = lambda t: t) -> Guest:
+    async def start(
+        self, settings: Settings, wrap: Callable[[Any], Any] = lambda t: t, inherits: bool = False
+    ) -> Guest:
         self.store = await self.connect(wrap)
         registry = self.world.registry
         self.front = FrontBus(self.store, self.hv, self.xenstore0, registry, settings)
-        self.back = BackBus(self.store, self.hv, self.xenstore0, registry, settings)
+        self.back = BackBus(self.store, self.hv, self.xenstore0, registry, settings, inherits=inherits)
         return self
 
     @property
@@ -71,13 +73,15 @@ class World:
         self.tool: Client
         self.guests: dict[int, Guest] = {}
 
-    async def guest(self, domid: int, settings: Settings = QUICK, wrap: Any = lambda t: t) -> Guest:
+    async def guest(
+        self, domid: int, settings: Settings = QUICK, wrap: Any = lambda t: t, inherits: bool = False
+    ) -> Guest:
         guest = Guest(self, domid)
         home = f"/local/domain/{domid}"
         await self.tool.mkdir(home)
         await self.tool.set_perms(home, [f"n{domid}"])
         await self.tool.write(f"{home}/name", f"domain-{domid}")
-        self.guests[domid] = await guest.start(settings, wrap)
+        self.guests[domid] = await guest.start(settings, wrap, inherits)
         return guest
 
     def front_node(self, kind: str, devid: int, front: int = 1) -> str:

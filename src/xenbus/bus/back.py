@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 
+from xenbus.bus import journals
 from xenbus.bus.device import XenbusDevice
 from xenbus.bus.state import Side, XenbusState
 from xenbus.bus.xenbusb import XenBus
-from xenbus.errors import StoreError, XenbusError
+from xenbus.errors import NoEntry, StoreError, XenbusError
+from xenbus.ring.journal import JournalError
 
 log = logging.getLogger("xenbus.bus")
+_INHERITED = (XenbusState.INIT_WAIT, XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
 
 class BackBus(XenBus):
@@ -38,6 +41,26 @@ class BackBus(XenBus):
                 continue
             nodes += [f"{base}/{domid}/{devid}" for devid in devids]
         return nodes
+
+    async def attach(self) -> None:
+        inherits = self._inherits
+        await super().attach()
+        if inherits and self.settings.journals is not None:
+            try:
+                for path in journals.sweep(self.settings.journals, {*self.devices, *self._left}):
+                    log.info("%s: %s removed: there is no such device any more", self.name, path)
+            except JournalError as exc:
+                log.warning("%s: %s", self.name, exc)
+
+    async def inheritable(self, node: str, state: XenbusState) -> bool:
+        """What was on its way, connected or closing; and what is closed, if it is to come back with its front
+        (`online`)."""
+        if state is XenbusState.CLOSED:
+            try:
+                return int(await self.store.read(f"{node}/online")) != 0
+            except (NoEntry, ValueError):
+                return False
+        return state in _INHERITED
 
     async def otherend_changed(self, dev: XenbusDevice, state: XenbusState) -> None:
         """The driver first; then, if a front end comes back to an online, closed device, offer to

@@ -90,7 +90,16 @@ class XenbusDevice:
         "type",
     )
 
-    def __init__(self, bus: XenBus, device: Device, node: str, device_type: str, born: int) -> None:
+    def __init__(
+        self,
+        bus: XenBus,
+        device: Device,
+        node: str,
+        device_type: str,
+        born: int,
+        state: XenbusState = XenbusState.INITIALISING,
+    ) -> None:
+        """state: as it stands in the node; a former process's, unless it is INITIALISING."""
         self.bus = bus
         self.device = device
         self.node = node
@@ -116,7 +125,7 @@ class XenbusDevice:
         # thousands of devices that is not the driver's fault, and not counted as its time.
         self.queued = 0.0
         self.queued_since = 0.0
-        self._state = XenbusState.INITIALISING
+        self._state = state
         self._fatal = False
         self._lock: asyncio.Lock | None = None
         self._lock_users = 0

@@ -65,6 +65,23 @@ class XenbusDriver:
         `dev.gone` tells that the node vanished: there is nobody left to wait for.
         """
 
+    async def recover(self) -> None:
+        """In place of `attach`, for a device that a former process left (see XenBus, `inherits`): `dev.state`
+        is CONNECTED, CLOSING or CLOSED, `dev.otherend_state` the peer's. Go on from there and write no state,
+        so that the peer sees nothing.
+
+        If it raises, the device gets an error node and goes to CLOSING, and this driver hears the peer close
+        as if it had been attached. This one can go on with no connection, but close what was left.
+        """
+        if self.dev.state is XenbusState.CONNECTED:
+            raise UsageError(f"{self.name} does not go on with what a former process began")
+
+    async def release(self) -> None:
+        """In place of `detach`, when another process is to go on: let what runs end, leave the states alone.
+
+        What the device holds is given back after it. Raise if something could not end.
+        """
+
     async def otherend_changed(self, state: XenbusState) -> None:
         """The peer's state as it stands now; may repeat itself, may have skipped states."""
 

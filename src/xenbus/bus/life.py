@@ -21,6 +21,8 @@ from xenbus.newbus.runtime import end_task, within
 
 log = logging.getLogger("xenbus.bus")
 _CLOSING = (XenbusState.CLOSING, XenbusState.CLOSED)
+# What only a former process can have brought a device to that we attach.
+_LEFT = (XenbusState.CONNECTED, *_CLOSING)
 # A peer that stands here has no connection with us and owes no answer to our Closing.
 _NOT_CONNECTED = (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED)
 
@@ -109,7 +111,10 @@ async def attach(dev: XenbusDevice) -> None:
         if isinstance(cls, Exception):
             raise cls
         dev.driver = cls(dev)
-        await call(dev, "attach", dev.driver.attach())
+        if dev.state in _LEFT:
+            await _recover(dev, dev.driver)
+        else:
+            await call(dev, "attach", dev.driver.attach())
         device.softc = dev.driver
         device.state = DeviceState.ATTACHED
         # The driver can take events from here on: the peer's first, then our own node's.
@@ -124,6 +129,21 @@ async def attach(dev: XenbusDevice) -> None:
         await _refuse(dev, exc)
     else:
         dev.bus.changed(dev, "attached")
+
+
+async def _recover(dev: XenbusDevice, driver: XenbusDriver) -> None:
+    """The driver goes on where a former process stopped; if it cannot, the device closes in order."""
+    state = await read_peer(dev)
+    if state is not None:
+        dev.peer_moved(state)
+    try:
+        await call(dev, "recover", driver.recover())
+    except (DeviceGone, NoMatch):
+        raise
+    except Exception as exc:
+        dev.log.debug("recover", exc_info=True)
+        dev.count("not_recovered")
+        await dev.fatal(exc, doing="going on for a process that ended")
 
 
 async def _refuse(dev: XenbusDevice, exc: Exception) -> None:
@@ -257,6 +277,30 @@ async def detach(dev: XenbusDevice) -> None:
         await _quiet_state(dev, XenbusState.CLOSED)
         await dev.bus.closed(dev)
     dev.bus.post_forget(dev)
+
+
+async def release(dev: XenbusDevice) -> None:
+    """Lets go of a device for another process: what runs ends, the states stay. What the driver raises is
+    raised, once everything was given back."""
+    if dev.detaching or dev.gone:
+        return
+    dev.detaching = True
+    try:
+        async with asyncio.timeout(dev.bus.settings.callback):
+            await dev.mailbox.stand_still()
+    except TimeoutError:
+        dev.log.warning("a callback of its driver had to be ended")
+    await _stop_mailbox(dev)
+    attached, driver = dev.device.attached, dev.driver
+    dev.device.state = DeviceState.DETACHING
+    await _close_watches(dev)
+    try:
+        if attached and driver is not None:
+            await call(dev, "release", driver.release())
+    finally:
+        dev.driver = None
+        await _let_go(dev)
+        dev.bus.post_forget(dev)
 
 
 async def _await_peer(dev: XenbusDevice, end: float) -> None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import life
@@ -49,6 +50,8 @@ class Settings:
     boot:         how long one device holds boot
     transactions: open at a time
     attempts:     of one transaction that meets EAGAIN, with a growing pause between them
+    journals:     the directory in which drivers keep what another process needs to go on after this one was
+                  killed (bus/journals.py); None: they keep nothing
     """
 
     probe: float = 1.0
@@ -57,6 +60,7 @@ class Settings:
     boot: float = 30.0
     transactions: int = 4
     attempts: int = 20
+    journals: Path | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,6 +71,7 @@ class _Found:
     serial: int
     verdict: Verdict | None = None  # of a device that we have
     links: tuple[int, str] | None = None  # of a new one
+    state: XenbusState = XenbusState.INITIALISING  # of a new one
     again: bool = False  # it could not be looked at
     missing: bool = False
 
@@ -89,8 +94,14 @@ class XenBus:
         parent: Device,
         registry: DriverRegistry = drivers,
         settings: Settings | None = None,
+        *,
+        inherits: bool = False,
     ) -> None:
-        """Identifies itself on `parent` (xenstore0); `attach` does the rest. seed: xenbusb_identify."""
+        """Identifies itself on `parent` (xenstore0); `attach` does the rest. seed: xenbusb_identify.
+
+        inherits: devices that are there at `attach` and not Initialising are a former process's, and this bus
+        goes on with them (see `inheritable`). Otherwise they are left alone.
+        """
         self.store = store
         self.hv = hv
         self.registry = registry
@@ -107,6 +118,8 @@ class XenBus:
         self.slots = asyncio.Semaphore(self.settings.transactions)
         self._queue: dict[str, int] = {}
         self._retried: Counter[str] = Counter()
+        self._inherits = inherits
+        self._left: set[str] = set()  # what may be a former process's, until it was looked at
         self._mailbox = Mailbox(self.name, self._handle)
         self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -165,6 +178,10 @@ class XenBus:
         """See `restored`."""
         return self.restored is not None and await self.restored()
 
+    async def inheritable(self, node: str, state: XenbusState) -> bool:
+        """Whether to go on with what a former process left in that state. StoreError."""
+        return False
+
     # ---- attach, detach ----
 
     async def attach(self) -> None:
@@ -191,13 +208,28 @@ class XenBus:
 
     async def detach(self) -> None:
         """Every device in an orderly way, together, each within the detach deadline; then the bus itself."""
+        await self._stop_looking()
+        await asyncio.gather(*(self._bury(dev) for dev in list(self.devices.values())))
+        await self._end()
+
+    async def release(self) -> dict[str, Exception]:
+        """The end for a bus whose devices another process will go on with (one that `inherits`): every
+        driver's release, together, and no state is written. What could not end, by node."""
+        await self._stop_looking()
+        devs = list(self.devices.values())
+        failures = self._failures(devs, await self._together(devs, life.release), "release")
+        await self._end()
+        return failures
+
+    async def _stop_looking(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
             await watch.close()
         self._closed = True
         self._quiet.set()
         self._queue.clear()
-        await asyncio.gather(*(self._bury(dev) for dev in list(self.devices.values())))
+
+    async def _end(self) -> None:
         while self._tasks:
             await asyncio.wait(list(self._tasks))
         for dev in list(self.devices.values()):
@@ -265,7 +297,11 @@ class XenBus:
                 continue
             known = [dev.node for dev in self._index.under(path)]
             if path == self.root:
-                known += await self._enumerate()
+                there = await self._enumerate()
+                known += there
+                if self._inherits:  # the first look: what comes later was not left to us
+                    self._inherits = False
+                    self._left.update(there)
             # B10: what is at or below a removed parent is looked at, each by itself.
             for node in known:
                 self._queue.setdefault(node, self.serial)
@@ -326,11 +362,13 @@ class XenBus:
         except PeerError as exc:
             self._ignored(node, str(exc))
             return _Found(node, serial)
-        if state is not XenbusState.INITIALISING:
+        left = state is not XenbusState.INITIALISING
+        if left and not (node in self._left and await self.inheritable(node, state)):
             self._ignored(node, f"state {strstate(state)}")
             return _Found(node, serial)
         try:
-            return _Found(node, serial, links=await read_links(node, self.otherend_keys, self.store.read))
+            links = await read_links(node, self.otherend_keys, self.store.read)
+            return _Found(node, serial, links=links, state=state)
         except (NoEntry, PeerError) as exc:
             self.counters["no_otherend"] += 1
             log.info("%s: %s: no otherend id (%s)", self.name, node, exc)
@@ -354,8 +392,10 @@ class XenBus:
         elif dev is None and found.missing:
             if node in self._errors:
                 self.task(self._errors.clear(node))
-        elif dev is None and found.links is not None and not self._touched_since(node, found.serial):
-            self._add(node, found.links, found.serial)
+        elif dev is None and not self._touched_since(node, found.serial):
+            self._left.discard(node)
+            if found.links is not None:
+                self._add(node, found.links, found.state, found.serial)
 
     def _touched_since(self, node: str, serial: int) -> bool:
         """An event at or above the node came while we read it: what we read may be of another incarnation,
@@ -374,10 +414,12 @@ class XenBus:
         if not self._closed:
             self._post(node)
 
-    def _add(self, node: str, links: tuple[int, str], serial: int) -> None:
+    def _add(self, node: str, links: tuple[int, str], state: XenbusState, serial: int) -> None:
         """The child, its driver by probe, its unit, its hold on boot; the rest is up to its own mailbox."""
         device = self.newbus.add_child(self.device)
-        dev = XenbusDevice(self, device, node, node.split("/", 2)[1], serial)
+        dev = XenbusDevice(self, device, node, node.split("/", 2)[1], serial, state)
+        if state is not XenbusState.INITIALISING:
+            self.counters["inherited"] += 1
         dev.otherend_id, dev.otherend_path = links
         device.ivars = dev
         self._index.add(dev)

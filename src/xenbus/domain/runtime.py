@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from xenbus.bus.back import BackBus
 from xenbus.bus.driver import drivers
 from xenbus.bus.front import FrontBus
+from xenbus.bus.state import Side as Half
 from xenbus.bus.xenbusb import XenBus
 from xenbus.domain.shutdown import ShutdownWatcher
 from xenbus.errors import DeadlineError, LinkDown, XenbusError
@@ -127,10 +128,11 @@ class DomainRuntime:
         log.error("the store is lost: %s", error)
         self.end("lost")
 
-    async def stop(self) -> None:
+    async def stop(self, *, handover: bool = False) -> None:
         """Orderly: devices close, front ends first, then the store connection and what the handle holds.
 
-        A domain whose store or broker is lost has nobody to be orderly with.
+        A domain whose store or broker is lost has nobody to be orderly with. handover: back ends do not
+        close, they are left for another process (see XenBus.release).
         """
         lost = self.ended.done() and self.ended.result() == "lost"
         if lost and self._store is not None:
@@ -140,7 +142,10 @@ class DomainRuntime:
         for number, bus in enumerate(() if lost else self.buses, start=1):
             try:
                 async with asyncio.timeout_at(now + number * share):
-                    await bus.detach()
+                    if handover and bus.side is Half.BACK:
+                        await bus.release()
+                    else:
+                        await bus.detach()
             except (XenbusError, TimeoutError) as error:
                 log.warning("%s: not all devices closed: %s", bus, error)
         if self._store is not None:

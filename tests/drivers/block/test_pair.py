@@ -208,12 +208,12 @@ def test_barrier_comes_after_what_was_before_it_and_before_what_comes_after(tmp_
                 order.append(("flush", None))
                 await real_flush()
 
-            r.back._queue._storage = _Wrapped(storage, writev=writev, flush=flush)
+            r.back._links[0].queue._storage = _Wrapped(storage, writev=writev, flush=flush)
             early = [asyncio.ensure_future(r.disk.write(n * 4096, b"e" * 4096)) for n in range(4)]
             await until(lambda: len(order) == 4)
             barrier = asyncio.ensure_future(r.disk.write_barrier(8 * 4096, b"b" * 4096))
             late = asyncio.ensure_future(r.disk.write(9 * 4096, b"l" * 4096))
-            await until(lambda: r.back._queue._barrier)
+            await until(lambda: r.back._links[0].queue._barrier)
             await asyncio.sleep(0.02)
             assert len(order) == 4 and not barrier.done() and not late.done()
             gate.set()
@@ -250,11 +250,11 @@ def test_flush_waits_for_the_writes_before_it(tmp_path):
             async def flush():
                 order.append("flush")
 
-            r.back._queue._storage = _Wrapped(storage, writev=writev, flush=flush)
+            r.back._links[0].queue._storage = _Wrapped(storage, writev=writev, flush=flush)
             write = asyncio.ensure_future(r.disk.write(0, b"x" * 4096))
-            await until(lambda: r.back._queue.inflight)
+            await until(lambda: r.back._links[0].queue.inflight)
             flush_ = asyncio.ensure_future(r.disk.flush())
-            await until(lambda: r.back._queue.inflight == 2)
+            await until(lambda: r.back._links[0].queue.inflight == 2)
             await r.disk.write(4096, b"y" * 4096)  # a later one need not wait for the flush
             assert order == [4096] and not flush_.done()
             gate.set()

@@ -507,7 +507,7 @@ def test_work_in_one_wake_up_is_bounded(path):
 
     async def check(r, front):
         turns = []
-        r.back._queue._again, real = lambda: (turns.append(1), real()), r.back._queue._again
+        r.back._links[0].queue._again, real = lambda: (turns.append(1), real()), r.back._links[0].queue._again
         for round_ in range(4):
             for n in range(128):
                 front.put(Op.READ, n, n * 8 % 2000, front.word(n % 16))
@@ -548,7 +548,7 @@ def test_a_driver_domain_whose_suspend_is_cancelled(path):
             front.put(Op.WRITE, n, n * 8, front.word(n))
         front.push()
         await r.dom0.back.suspend()
-        assert len(await front.answered(8)) == 8 and r.back._queue.inflight == 0
+        assert len(await front.answered(8)) == 8 and r.back._links[0].queue.inflight == 0
         held = r.held()
         front.put(Op.READ, 9, 0, front.word(0))
         front.push()

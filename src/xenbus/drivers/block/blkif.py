@@ -69,6 +69,7 @@ class Abi:
     head:          operation, nr_segments, id: what every request begins with
     response:      id, operation, status
     request_size:  sizeof(struct blkif_request), which is a slot's; response_size likewise, both in bytes
+    id_at:         where in a request its id is (in a response it comes first)
     words:         by count: the segments of a rw request as 64-bit words
     one:           rw with its first segment's word: most requests are one page
     request_slots, response_slots: `one` and `response` padded to a slot, for `iter_unpack`
@@ -86,6 +87,7 @@ class Abi:
     one: Struct
     request_slots: Struct
     response_slots: Struct
+    id_at: int
     words: tuple[Struct, ...] = field(
         default=tuple(Struct(f"<{n}Q") for n in range(BLKIF_MAX_SEGMENTS_PER_REQUEST + 1)), repr=False
     )
@@ -104,6 +106,7 @@ X86_64: Final = Abi(
     one=Struct("<BBH4xQQQ"),
     request_slots=Struct("<BBH4xQQQ80x"),
     response_slots=Struct("<QBxh100x"),
+    id_at=8,
 )
 X86_32: Final = Abi(
     name="x86_32-abi",
@@ -118,6 +121,7 @@ X86_32: Final = Abi(
     one=Struct("<BBHQQQ"),
     request_slots=Struct("<BBHQQQ80x"),
     response_slots=Struct("<QBxh96x"),
+    id_at=4,
 )
 # Both ARM ABIs align 64-bit members as x86_64 does.
 ARM: Final = replace(X86_64, name="arm-abi")

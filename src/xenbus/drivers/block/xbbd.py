@@ -1,26 +1,30 @@
-"""xbbd, the back half of a `vbd`: opens what `params` names, walks the handshake, connects a queue.
+"""xbbd, the back half of a `vbd`: opens what `params` names, walks the handshake, connects its queues.
 
-Knows its device and the peer's keys; requests are xbbd_io's, pages xbbd_grants', bytes the storage's.
+Knows its device and the peer's keys; a queue's ring and port are xbbd_queue's, requests xbbd_io's, pages
+xbbd_grants', bytes the storage's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
+from xenbus.bus.journals import JournalBusy, identity
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
+from xenbus.drivers.block.xbbd_journal import Journals
+from xenbus.drivers.block.xbbd_queue import QueueKeys, QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.block.xbd import number
-from xenbus.errors import DeadlineError, NoEntry, PeerError, UsageError
-from xenbus.hypervisor.interface import Channel
-from xenbus.hypervisor.interface import Mapping as GrantMapping
+from xenbus.errors import DeadlineError, HypervisorError, NoEntry, PeerError, UsageError
+from xenbus.newbus import NoMatch
+from xenbus.ring.journal import JournalError
 from xenbus.ring.shared import BackRing
 
 # Seconds for the disk to end what it is at when the front goes, and for the front to go when we are detached:
@@ -29,14 +33,20 @@ DRAIN_TIMEOUT = 3.0
 DETACH_TIMEOUT = 6.0
 # Where Linux's xen-blkback is loaded every `backend/vbd` is its own; xbbd beside it serves `backend/xbbd`.
 OWN_TYPE = "xbbd"
+# Seconds for a process that we go on for to be gone: its journals unlocked, and then its ports unbound.
+BUSY_TIMEOUT = 10.0
+PORT_TIMEOUT = 1.0
+T = TypeVar("T")
+
+# Where a front that was connected may stand, with requests in its rings.
+_HAS_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
 
 @dataclass(slots=True, frozen=True)
 class Parameters:
-    """A front's transport parameters: ring refs in order, port, layout, whether it uses its grants again."""
+    """A front's transport parameters: its queues, how it lays out slots, whether it uses its grants again."""
 
-    refs: tuple[int, ...]
-    port: int
+    queues: tuple[QueueKeys, ...]
     abi: blkif.Abi
     persistent: bool
 
@@ -59,11 +69,11 @@ class Xbbd(XenbusDriver):
         self.counters = Counters()
         self._storage: Storage | None = None
         self._discard = False
-        self._mapping: GrantMapping | None = None
-        self._channel: Channel | None = None
-        self._queue: BackQueue | None = None
+        self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
         self._parameters: Parameters | None = None
         self._grants: Grants | None = None
+        self._journals = Journals(dev)
+        self._again = 0
         self._busy = asyncio.Lock()  # connecting and disconnecting: detach may run beside otherend_changed
         self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
             XenbusState.INITIALISING: self._front_restarted,
@@ -78,13 +88,39 @@ class Xbbd(XenbusDriver):
     async def attach(self) -> None:
         storage = await self._open()
         try:
-            self._discard = storage.discards and not storage.readonly
-            if self._discard and await self.dev.read_opt("discard-enable") == "0":
-                self._discard = False
+            self._discard = await self._may_discard(storage)
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
         except BaseException:
             await self._close_storage()  # a device that was not attached is not detached
             raise
+
+    async def recover(self) -> None:
+        """Goes on with the rings, and the requests in them, of a process that was killed."""
+        dev, peer = self.dev, self.dev.otherend_state
+        if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
+            await self.attach()  # it began anew, and waits for us to do so
+        elif dev.state is not XenbusState.CLOSED and peer in _HAS_RING:
+            try:
+                await self._resume_rings()
+            except JournalBusy as busy:
+                self.dev.log.error("left alone: %s", busy)
+                raise NoMatch(str(busy)) from None
+            except JournalError:
+                if peer is not XenbusState.INITIALISED:
+                    raise
+                await self._connect()  # it has asked for nothing yet
+        elif peer is XenbusState.UNKNOWN:
+            raise PeerError(f"{dev.otherend}: its state cannot be read")
+
+    async def release(self) -> None:
+        """Another process goes on: what runs ends, and the journals stay."""
+        try:
+            async with self._busy:
+                left = await self._give_back(keep=True)
+        finally:
+            await self._close_storage()
+        if left:
+            raise DeadlineError("requests in flight to end", self.dev.nameunit, DRAIN_TIMEOUT)
 
     async def otherend_changed(self, state: XenbusState) -> None:
         act = self._states.get(state)
@@ -94,18 +130,16 @@ class Xbbd(XenbusDriver):
     async def suspend(self) -> None:
         """A driver domain of its own is suspended: what runs is let end."""
         async with self._busy:
-            if self._queue is not None:
-                await self._queue.pause(DRAIN_TIMEOUT)
+            await _all(link.pause(DRAIN_TIMEOUT) for link in self._links)
 
     async def resume(self, cancelled: bool) -> None:
         async with self._busy:
             if cancelled:
-                if self._queue is not None:
-                    self._queue.unpause()
+                for link in self._links:
+                    link.unpause()
                 return
-            if self._queue is not None:
-                await self._queue.stop(0)
-            self._queue = self._grants = self._channel = self._mapping = None
+            links, self._links, self._grants = self._links, [], None
+            await _all(link.abandon() for link in links)
         storage = self._storage
         if storage is not None:
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
@@ -131,9 +165,11 @@ class Xbbd(XenbusDriver):
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         counters = self.counters
         leaves: dict[str, Callable[[], object]] = {
-            "ring_pages": lambda: len(self._mapping.refs) if self._mapping is not None else 0,
+            "ring_pages": lambda: sum(link.ring_pages for link in self._links),
             "persistent_grants": lambda: self._grants.pages if self._grants is not None else 0,
-            "inflight": lambda: self._queue.inflight if self._queue is not None else 0,
+            "inflight": lambda: sum(link.inflight for link in self._links),
+            "journal": lambda: self._journals.state,
+            "requests_again": lambda: self._again,
             "errors": lambda: counters.errors,
             "last_error": lambda: counters.last_error,
             "sectors_read": lambda: counters.sectors[READ],
@@ -172,6 +208,11 @@ class Xbbd(XenbusDriver):
         self._storage = storage
         return storage
 
+    async def _may_discard(self, storage: Storage) -> bool:
+        if not storage.discards or storage.readonly:
+            return False
+        return await self.dev.read_opt("discard-enable") != "0"
+
     async def _close_storage(self) -> None:
         storage, self._storage = self._storage, None
         if storage is not None:
@@ -202,10 +243,10 @@ class Xbbd(XenbusDriver):
         async with self._busy:
             if dev.state in (XenbusState.CLOSING, XenbusState.CLOSED):
                 return
-            if self._queue is not None and dev.otherend_state is not XenbusState.INITIALISED:
+            if self._links and dev.otherend_state is not XenbusState.INITIALISED:
                 return  # Connected, as we are
             parameters = await self._front_parameters()
-            if self._queue is not None:
+            if self._links:
                 if parameters == self._parameters:
                     return
                 await self._give_back()  # it began anew, so fast that its Initialising was never seen
@@ -217,8 +258,53 @@ class Xbbd(XenbusDriver):
                 await self._give_back()
                 raise
             connected = await dev.set_state(XenbusState.CONNECTED, self._properties(storage))
-            if connected and self._queue is not None and self._channel is not None:
-                self._queue.start(self._channel)
+            if connected:
+                for link in self._links:
+                    link.start()
+
+    async def _resume_rings(self) -> None:
+        """From `recover`. Raises what makes it impossible, a journal that does not fit above all."""
+        dev = self.dev
+        async with self._busy:
+            parameters = await self._front_parameters()
+            storage = await self._open()
+            self._parameters = parameters
+            try:
+                self._discard = await self._may_discard(storage)
+                await self._check_same_disk(storage)
+                await self._take_over(storage, parameters)
+            except BaseException:
+                await self._give_back()
+                await self._close_storage()
+                raise
+            again = sum(link.again for link in self._links)
+            self._again += again
+            dev.log.info("goes on for a process that ended: %d requests are done again", again)
+            for link in self._links:
+                link.start()
+                link.kick_front()
+
+    async def _take_over(self, storage: Storage, front: Parameters) -> None:
+        """The kernel may still be at the former process's end: its threads in system calls, its ports."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        while True:
+            try:
+                await self._build(storage, front, resumes=True)
+                return
+            except (JournalBusy, HypervisorError) as error:
+                limit = BUSY_TIMEOUT if isinstance(error, JournalBusy) else PORT_TIMEOUT
+                if now() - began >= limit:
+                    raise
+            await self._give_back(keep=True)
+            await asyncio.sleep(0.05)
+
+    async def _check_same_disk(self, storage: Storage) -> None:
+        """UsageError if the front was told of another disk than this one."""
+        now = self._properties(storage)
+        told = await self.dev.gather(dict.fromkeys(now, int))
+        if told["sectors"] > now["sectors"] or any(told[key] != now[key] for key in ("sector-size", "info")):
+            raise UsageError(f"{storage.target}: it is {now}, and its guest was told {told}")
 
     async def _front_parameters(self) -> Parameters:
         """What the front published, or PeerError that names what is wrong with it."""
@@ -248,30 +334,46 @@ class Xbbd(XenbusDriver):
             if ref > 0xFFFFFFFF:
                 raise PeerError(f"{dev.otherend_path}/{key}: {ref} is no grant reference")
         abi = blkif.abi_of(said["protocol"])
-        return Parameters(tuple(refs[key] for key in keys), port, abi, bool(said["feature-persistent"]))
+        queue = QueueKeys(tuple(refs[key] for key in keys), port)
+        return Parameters((queue,), abi, bool(said["feature-persistent"]))
 
-    async def _build(self, storage: Storage, front: Parameters) -> None:
-        dev, abi = self.dev, front.abi
-        self._mapping = await dev.map_ring(front.refs)
-        ring = BackRing(self._mapping.view, abi.request_size)
-        self._grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
-        self._queue = BackQueue(
-            ring,
-            abi,
-            storage,
-            self._grants,
-            self.counters,
-            readonly=storage.readonly,
-            discard=self._discard,
-            max_indirect=self.max_indirect_segments,
-            spawn=dev.spawn,
-            on_fatal=self._broken,
-        )
-        ring.unconsumed_requests()  # RingError now rather than in the first kick
-        self._channel = await dev.bind_evtchn(front.port, self._queue.kick)
+    async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
+        dev = self.dev
+        grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
+        self._grants = grants
+
+        def serve(ring: BackRing) -> BackQueue:
+            return BackQueue(
+                ring,
+                front.abi,
+                storage,
+                grants,
+                self.counters,
+                readonly=storage.readonly,
+                discard=self._discard,
+                max_indirect=self.max_indirect_segments,
+                spawn=dev.spawn,
+                on_fatal=self._broken,
+            )
+
+        self._links = [QueueLink(dev, keys) for keys in front.queues]
+        for n, link in enumerate(self._links):
+            whose = identity(
+                dev.node,
+                dev.otherend_id,
+                dev.otherend_path,
+                n,
+                len(self._links),
+                front.abi.name,
+                *link.keys.refs,
+                link.keys.port,
+            )
+            size = front.abi.request_size
+            open_journal = self._journals.opener(storage, n, whose, size, resumes=resumes)
+            await link.build(front.abi, serve, open_journal)
 
     @staticmethod
-    def _properties(storage: Storage) -> dict[str, object]:
+    def _properties(storage: Storage) -> dict[str, int]:
         """`sectors` in 512 bytes whatever the sector size (blkif.h, "Backend Device Properties")."""
         return {
             "sectors": storage.size >> blkif.SECTOR_SHIFT,
@@ -282,7 +384,7 @@ class Xbbd(XenbusDriver):
 
     async def _front_restarted(self) -> None:
         """It begins anew without having closed (a guest that was reset): the old ring is nobody's."""
-        if self._queue is not None:
+        if self._links:
             await self._disconnect()
             if self.dev.state is XenbusState.CONNECTED:
                 await self.dev.set_state(XenbusState.INIT_WAIT)
@@ -305,22 +407,18 @@ class Xbbd(XenbusDriver):
         async with self._busy:
             await self._give_back()
 
-    async def _give_back(self) -> None:
-        dev = self.dev
-        queue, self._queue = self._queue, None
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.mask()
-        if queue is not None and not await queue.stop(DRAIN_TIMEOUT):
-            dev.log.warning("%d requests did not end within %g s", queue.inflight, DRAIN_TIMEOUT)
-        if channel is not None:
-            await dev.close_evtchn(channel)
+    async def _give_back(self, *, keep: bool = False) -> int:
+        """Returns how many requests did not end. keep: another process goes on with the rings."""
+        links, self._links = self._links, []
         grants, self._grants = self._grants, None
+        left = sum(await _all(link.give_back(DRAIN_TIMEOUT, keep=keep) for link in links))
+        if left:
+            self.dev.log.warning("%d requests did not end within %g s", left, DRAIN_TIMEOUT)
         if grants is not None:
             await grants.close()
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            await dev.unmap(mapping)
+        if not keep:
+            self._journals.discard()
+        return left
 
     def _broken(self, error: PeerError) -> None:
         """The front broke its ring: this device is over, the others go on."""
@@ -329,3 +427,12 @@ class Xbbd(XenbusDriver):
     async def _give_up(self, error: PeerError) -> None:
         await self.dev.fatal(error)
         await self._disconnect()
+
+
+async def _all(doing: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Side by side: the deadlines of several queues do not add up. The first error, once all ended."""
+    results = await asyncio.gather(*doing, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]

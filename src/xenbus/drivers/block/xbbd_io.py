@@ -91,6 +91,7 @@ class BackQueue:
         self._barrier = False
         self._stopped = False
         self._released = False
+        self._fatal = False
         self._in_kick = False
         self._scheduled = False
         self._push_scheduled = False
@@ -143,10 +144,15 @@ class BackQueue:
         try:
             self._work(WORK_PER_WAKEUP)
         except PeerError as error:
-            self._stopped = True
-            self._on_fatal(error)
+            self._broken(error)
         finally:
             self._in_kick = False
+
+    def _broken(self, error: PeerError) -> None:
+        self._stopped = True
+        if not self._fatal:
+            self._fatal = True
+            self._on_fatal(error)
 
     def _work(self, budget: int) -> None:
         ring = self._ring
@@ -572,7 +578,14 @@ class BackQueue:
 
     def _push(self) -> None:
         self._push_scheduled = False
-        if not self._released and self._ring.push_responses() and self._channel is not None:
+        if self._released:
+            return
+        try:
+            pushed = self._ring.push_responses()
+        except PeerError as error:  # of a ring with a journal
+            self._broken(error)
+            return
+        if pushed and self._channel is not None:
             self._channel.notify()
 
 

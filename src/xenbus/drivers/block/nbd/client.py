@@ -69,6 +69,11 @@ class NbdClient:
         return bool(self.export.flags & Flag.SEND_TRIM) and not self.readonly
 
     @property
+    def outlives(self) -> bool:
+        """A write on its way to the server may be done after we are gone, over a later one."""
+        return self.readonly
+
+    @property
     def closed(self) -> bool:
         return self._link.closed
 

@@ -67,12 +67,16 @@ class Storage(Blocks, Protocol):
 
     `target` names it in messages. `discards` is False where discard() can only answer EOPNOTSUPP. A size
     that is no multiple of the sector is rounded down: the bytes after it are not part of the disk.
+    `outlives`: once this process has ended, whoever opens the target anew finds all that was written, and no
+    write of ours arrives any more.
     """
 
     @property
     def target(self) -> str: ...
     @property
     def discards(self) -> bool: ...
+    @property
+    def outlives(self) -> bool: ...
 
     async def readv(self, offset: int, buffers: Buffers) -> None:
         """Fill scattered buffers from one run of bytes."""

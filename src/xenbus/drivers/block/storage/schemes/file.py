@@ -39,6 +39,10 @@ Transfer = Callable[[int, Buffers, int], int]
 class FileStorage:
     """A Storage over one descriptor, which it owns. Made by `open_file`."""
 
+    outlives = (
+        True  # a write is in the kernel or it is not, and a process is not gone before its system calls
+    )
+
     def __init__(self, fd: int, path: str, size: int, *, sector_size: int, readonly: bool) -> None:
         self._fd = fd
         self.target = path

@@ -27,6 +27,7 @@ class MemoryStorage:
     """A Storage over anonymous private memory. `size` in bytes, rounded down to whole sectors."""
 
     discards = True
+    outlives = False
 
     def __init__(self, size: int, *, sector_size: int = 512, readonly: bool = False) -> None:
         self.target = f"memory:{size}"

@@ -1,0 +1,332 @@
+"""A back end that is killed, and another process that goes on: real processes over the broker, real rings.
+
+The front is xbd in this process; it must see nothing but a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import random
+from contextlib import asynccontextmanager
+
+import pytest
+from tests.support.back_process import STUCK, BackProcess
+from tests.support.until import until
+
+from xenbus.bus import FrontBus, Settings, XenbusState
+from xenbus.errors import LinkDown
+from xenbus.hypervisor.broker import Broker, connect
+from xenbus.hypervisor.interface import Held
+from xenbus.newbus import Newbus
+from xenbus.toolstack.block import DiskSpec
+from xenbus.toolstack.devices import detach_device, wait_connected, write_device
+from xenbus.xenstore.client import Client
+from xenbus.xenstore.daemon import Daemon
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+SIZE = 4 << 20
+PAGE = 4096
+S = XenbusState
+
+
+class Rig:
+    """A broker, a store, a guest with its front bus; back ends come and go."""
+
+    def __init__(self, tmp_path) -> None:
+        self.socket = str(tmp_path / "store")
+        self.journals = tmp_path / "journals"
+        self.journals.mkdir(mode=0o700)
+        self.image = tmp_path / "disk.img"
+        self.image.write_bytes(random.Random(3).randbytes(SIZE))
+        self.model = bytearray(self.image.read_bytes())
+        self.done = 0
+        self.working = False
+        self.back: BackProcess | None = None
+
+    async def start(self) -> None:
+        self.broker = Broker()
+        for domid in (0, 1):
+            self.broker.create(domid)
+        self.zero, self.one = await connect(self.broker.handle(0)), await connect(self.broker.handle(1))
+        self.daemon = Daemon(self.zero)
+        await self.daemon.listen_unix(self.socket)
+        self.tool = await Client.connect(self.daemon.connect_local(0))
+        for domid in (0, 1):
+            await self.tool.write(f"/local/domain/{domid}/name", f"domain{domid}")
+            await self.tool.set_perms(f"/local/domain/{domid}", [f"n{domid}"])
+        store = await Client.connect(self.daemon.connect_local(1))
+        tree = Newbus()
+        parent = tree.add_child(tree.root, name="xenstore")
+        self.bus = FrontBus(store, self.one, parent, settings=Settings(detach=5.0))
+        await self.bus.attach()
+
+    async def close(self) -> None:
+        if self.back is not None and self.back.process.returncode is None:
+            await self.back.kill()
+        await self.bus.detach()
+        await self.bus.store.close()
+        await self.tool.close()
+        await self.daemon.close()
+        await self.one.close()
+        await self.zero.close()
+        await self.broker.close()
+
+    async def rise(self, **options) -> BackProcess:
+        handle = self.broker.handle(0)
+        options.setdefault("journals", self.journals)
+        self.back = await BackProcess.start(self.socket, handle, **options)
+        return self.back
+
+    async def plug(self, target: str | None = None) -> None:
+        self.spec = DiskSpec(1, target or str(self.image)).device()
+        await write_device(self.tool, self.spec)
+        await wait_connected(self.tool, self.spec.paths)
+        self.disk = self.bus.devices["device/vbd/51712"].driver.disk
+        await self.disk.connected(5)
+
+    async def unplug(self) -> None:
+        assert await detach_device(self.tool, self.spec.paths)
+        assert list(self.journals.iterdir()) == []
+        await until(lambda: self.broker.held(0) == Held(0, 0, 0))
+
+    async def states(self) -> tuple[int, int]:
+        paths = self.spec.paths
+        return tuple([int(await self.tool.read(f"{node}/state")) for node in (paths.back, paths.front)])
+
+    async def work(self, page: int, seed: int) -> None:
+        """One page of the disk is written and read, again and again, while `working`."""
+        random_ = random.Random(seed)
+        while self.working:
+            data = random_.randbytes(PAGE)
+            await self.disk.write(page * PAGE, data)
+            self.model[page * PAGE : (page + 1) * PAGE] = data
+            if random_.random() < 0.1:
+                await self.disk.flush()
+            assert await self.disk.read(page * PAGE, PAGE) == data
+            self.done += 1
+
+
+@asynccontextmanager
+async def rig(tmp_path):
+    made = Rig(tmp_path)
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@asynccontextmanager
+async def load(r: Rig, workers: int = 24):
+    """Callers that check what they read. They must not fail while the body runs."""
+    r.working = True
+    tasks = [asyncio.create_task(r.work(page * 7, page)) for page in range(workers)]
+    try:
+        yield
+        r.working = False
+        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def progress(r: Rig, count: int = 50) -> None:
+    """So many more verified rounds."""
+    goal = r.done + count
+    await until(lambda: r.done >= goal, 30)
+
+
+def run(test, tmp_path):
+    async def main():
+        async with rig(tmp_path) as r:
+            await test(r)
+
+    asyncio.run(main())
+
+
+def test_killed_under_load_again_and_again(tmp_path):
+    async def test(r):
+        await r.rise(stick=100)
+        await r.plug()
+        again, seen = [], []
+        r.bus.observe(lambda dev, what: seen.append((what, dev.state, dev.otherend_state)))
+        async with load(r):
+            for number in range(5):
+                await r.back.said("stuck")
+                await r.back.kill()
+                assert await r.states() == (S.CONNECTED, S.CONNECTED)
+                await r.rise(stick=100 + number if number < 4 else None)
+                again.append(r.back.again)
+                await progress(r, 1)
+            await progress(r)
+        assert all(count >= STUCK for count in again), again
+        assert seen == [], "the front saw more than a pause"
+        assert await r.disk.read(0, SIZE) == r.model
+        await r.disk.flush()
+        await r.unplug()
+        assert r.image.read_bytes() == r.model
+
+    run(test, tmp_path)
+
+
+def test_killed_at_any_moment(tmp_path):
+    """No request waits on purpose: where the process is when it dies is left to chance."""
+
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        chance = random.Random()
+        async with load(r):
+            for _ in range(8):
+                await progress(r, chance.randrange(60))
+                await r.back.kill()
+                await r.rise()
+            await progress(r)
+        assert await r.disk.read(0, SIZE) == r.model
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_handed_over_under_load(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        async with load(r):
+            for _ in range(3):
+                await progress(r)
+                assert await r.back.hand_over() == "released"
+                assert r.broker.held(0) == Held(0, 0, 0)
+                assert len(list(r.journals.iterdir())) == 1
+                assert await r.states() == (S.CONNECTED, S.CONNECTED)
+                assert (await r.rise()).again == 0
+            await progress(r)
+        assert await r.disk.read(0, SIZE) == r.model
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_handover_with_a_request_that_does_not_end(tmp_path):
+    """It says so; the next process does it again, once the first has gone."""
+
+    async def test(r):
+        await r.rise(stick=0)
+        await r.plug()
+        writing = asyncio.create_task(r.disk.write(0, b"x" * PAGE))
+        await until(lambda: r.bus.devices["device/vbd/51712"].driver.queue.inflight)
+        assert "requests in flight to end" in await r.back.hand_over()
+        assert (await r.rise()).again == 1
+        await writing
+        assert await r.disk.read(0, PAGE) == b"x" * PAGE
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("why", ["no directory", "removed", "damaged", "another size", "memory"])
+def test_what_cannot_go_on_closes_in_order(tmp_path, why):
+    async def test(r):
+        await r.rise()
+        await r.plug("memory:1M" if why == "memory" else None)
+        await r.disk.write(0, b"y" * PAGE)
+        files = list(r.journals.iterdir())
+        assert len(files) == (why != "memory")
+        await r.back.kill()
+        match why:
+            case "removed":
+                files[0].unlink()
+            case "damaged":
+                with files[0].open("r+b") as file:
+                    file.seek(56)
+                    file.write(b"\7")
+            case "another size":
+                r.image.write_bytes(bytes(SIZE // 2))
+        await r.rise(journals=None if why == "no directory" else r.journals)
+        paths = r.spec.paths
+        await until(lambda: r.bus.devices["device/vbd/51712"].state is S.CLOSED)
+        assert await r.tool.wait_for(f"{paths.back}/state", lambda raw: raw == b"6", 5) == b"6"
+        text = await r.tool.read_str("/local/domain/0/error/backend/vbd/1/51712/error")
+        assert "going on for a process that ended" in text, text
+        with pytest.raises(LinkDown):
+            await r.disk.read(0, PAGE)
+        if why == "no directory":
+            files[0].unlink()
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_process_that_is_not_quite_gone_is_waited_for(tmp_path):
+    async def test(r):
+        await r.rise(stick=0)
+        await r.plug()
+        writing = asyncio.create_task(r.disk.write(0, b"z" * PAGE))
+        await until(lambda: r.bus.devices["device/vbd/51712"].driver.queue.inflight)
+        await r.back.kill()
+        fd = os.open(next(r.journals.iterdir()), os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        rising = asyncio.create_task(r.rise())
+        await r.tool.wait_for("/local/domain/0/backend/vbd/1/51712/state", lambda raw: raw == b"4", 5)
+        done, _ = await asyncio.wait([rising], timeout=1.5)
+        assert not done and not writing.done()
+        os.close(fd)
+        assert (await rising).again == 1
+        await writing
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_second_process_leaves_the_first_one_s_devices_alone(tmp_path):
+    async def test(r):
+        first = await r.rise()
+        await r.plug()
+        second = await r.rise(patience=0.2)
+        async with load(r):
+            await progress(r, 5)
+            assert await r.states() == (S.CONNECTED, S.CONNECTED)
+            await second.stop()
+            await progress(r, 5)
+            await first.kill()
+            await r.rise()
+            await progress(r, 5)
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_without_inherits_a_former_process_s_devices_are_left_alone(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.back.kill()
+        await r.rise(inherits=False)
+        assert await r.states() == (S.CONNECTED, S.CONNECTED)
+        assert r.broker.held(0) == Held(0, 0, 0)
+        await r.back.kill()
+        await r.rise()
+        assert (await r.disk.read(0, PAGE)) == r.model[:PAGE]
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_killed_while_it_closes(tmp_path):
+    """The front is told to close by its toolstack, and the back end dies before it has answered."""
+
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.back.kill()
+        detaching = asyncio.create_task(detach_device(r.tool, r.spec.paths, timeout=20))
+        front = f"{r.spec.paths.front}/state"
+        await r.tool.wait_for(front, lambda raw: raw == b"6", 5)
+        await r.rise()
+        assert await detaching
+        assert list(r.journals.iterdir()) == []
+
+    run(test, tmp_path)
