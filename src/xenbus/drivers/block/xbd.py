@@ -12,6 +12,7 @@ from typing import ClassVar
 from xenbus.bus import Feature, Merge, XenbusDevice, XenbusDriver, XenbusState, front_driver, negotiate
 from xenbus.bus.operations import Operation
 from xenbus.drivers.block import blkif
+from xenbus.drivers.block.blkif import number
 from xenbus.drivers.block.disk import Disk, Geometry
 from xenbus.drivers.block.diskio import OP_NAMES, WRITE_BARRIER
 from xenbus.drivers.block.operations import DiskOperations
@@ -33,16 +34,6 @@ FEATURES = (
     Feature("barrier", Merge.BOTH, peer_key="feature-barrier"),
     Feature("discard", Merge.BOTH, peer_key="feature-discard"),
 )
-
-
-def number(raw: bytes) -> int:
-    """A decimal number as the peer wrote it, below 2**64. ValueError."""
-    if not raw.isdigit() or len(raw) > 20:
-        raise ValueError(f"{raw[:32]!r} is not a number")
-    value = int(raw)
-    if value >> 64:
-        raise ValueError(f"{value} is more than 64 bits hold")
-    return value
 
 
 @front_driver("vbd")
