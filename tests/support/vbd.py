@@ -247,7 +247,8 @@ class RawBack(XenbusDriver):
     async def otherend_changed(self, state: XenbusState) -> None:
         if state is XenbusState.INITIALISED and self.mapping is None and self.connects:
             said = await self.dev.otherend_gather(
-                {"event-channel": int, "ring-page-order": int, "protocol": bytes.decode}
+                {"event-channel": int, "ring-page-order": int, "protocol": bytes.decode},
+                {"ring-page-order": 0},
             )
             order = said["ring-page-order"]
             keys = [f"ring-ref{n}" for n in range(1 << order)] if order else ["ring-ref"]

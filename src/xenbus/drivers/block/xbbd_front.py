@@ -43,7 +43,7 @@ class Parameters:
 class Shape:
     """How many queues of how large a ring, which says what the keys of the rest are called.
 
-    path: the front's node, for messages; single: both names of a single page's ref are taken
+    path: the front's node, for messages
     """
 
     path: str
