@@ -44,11 +44,14 @@ class Shape:
     """How many queues of how large a ring, which says what the keys of the rest are called.
 
     path: the front's node, for messages
+    either: one page, and the order said so: then its ref may be in `ring-ref0`, where Linux's blkback
+            looks for it
     """
 
     path: str
     queues: int
     order: int
+    either: bool
     abi: blkif.Abi
     persistent: bool
 
@@ -72,7 +75,8 @@ class Shape:
         except (PeerError, UnicodeDecodeError) as error:
             raise PeerError(f"{path}/protocol: {error}") from None
         persistent = _number(path, "feature-persistent", said["feature-persistent"], 0)
-        return cls(path, queues, order, abi, bool(persistent))
+        either = not order and said[ORDER] is not None
+        return cls(path, queues, order, either, abi, bool(persistent))
 
     def folder(self, queue: int) -> str:
         """Before the keys of a queue: with one queue they stand in the node itself."""
@@ -84,7 +88,7 @@ class Shape:
     def keys(self) -> list[str]:
         """What `parameters` must be given."""
         names = ["event-channel", *self.ref_names()]
-        if not self.order:
+        if self.either:
             names.append("ring-ref0")
         return [self.folder(queue) + name for queue in range(self.queues) for name in names]
 
@@ -96,8 +100,7 @@ class Shape:
         for queue in range(self.queues):
             folder = self.folder(queue)
             names = [folder + name for name in self.ref_names()]
-            if not self.order and said[names[0]] is None and said[f"{names[0]}0"] is not None:
-                # Linux's blkback takes `ring-ref0` where ring-page-order is there and 0.
+            if self.either and said[names[0]] is None and said[f"{names[0]}0"] is not None:
                 names = [f"{names[0]}0"]
             port = self._once(said, f"{folder}event-channel", ports, "port")
             refs = tuple([self._once(said, name, seen, "grant reference") for name in names])

@@ -291,7 +291,8 @@ class Queue:
         self._push_scheduled = False
         connection = self._connection
         if connection is not None:
-            self._connection = connection.next
+            if self._several and connection.ring.unpublished:
+                self._connection = connection.next
             if connection.ring.push_requests():
                 connection.channel.notify()
 
@@ -300,11 +301,15 @@ class Queue:
         if self._held:
             return
         for _ in self._connections:
-            if self._connection is not None:
-                self._fill(self._connection)
+            connection = self._connection
+            if connection is None:
+                break
+            self._fill(connection)
             self._push()
             if not self._waiting:
                 break
+            if self._connection is connection:
+                self._connection = connection.next  # this one is full, or has no pages now
 
     def _fill(self, connection: Connection) -> None:
         """Put what waits on one ring, as far as it goes."""
