@@ -187,13 +187,46 @@ def test_more_than_all_rings_hold_goes_over_all_of_them():
     asyncio.run(run())
 
 
+def test_one_at_a_time_takes_turns():
+    async def run():
+        async with rig(front=front_with(num_queues=4)) as r:
+            await r.plug("memory:1M")
+            await r.connected()
+            for n in range(40):
+                await r.disk.write(n * 4096, bytes(4096))
+            assert requests_by_queue(r) == [10] * 4
+
+    asyncio.run(run())
+
+
+def test_closed_by_the_toolstack_with_its_nodes_still_there():
+    """Every ring, port and page of both ends is given back at once, not with the nodes."""
+
+    async def run():
+        async with rig(front=front_with(num_queues=4)) as r:
+            await r.plug("memory:1M")
+            await r.connected()
+            front, back = r.front_dev, r.back_dev
+            await asyncio.gather(*(r.disk.write(n * 4096, bytes(4096)) for n in range(200)))
+            assert r.back._grants.pages
+            await r.toolstack_close()
+            await until(lambda: front.state is back.state is XenbusState.CLOSED)
+            assert not any(front.counts().values()) and not any(back.counts().values())
+            assert r.held() == r.before
+            await r.gone()
+
+    asyncio.run(run())
+
+
 class _Gated:
-    """A real storage whose writes wait, and which remembers what was done in which order."""
+    """A real storage whose writes wait, and flushes if told to, and which remembers the order of both."""
 
     def __init__(self, storage):
         self._storage = storage
         self.order = []
         self.gate = asyncio.Event()
+        self.flushing = asyncio.Event()
+        self.flushing.set()
 
     def __getattr__(self, name):
         return getattr(self._storage, name)
@@ -204,6 +237,7 @@ class _Gated:
         await self._storage.writev(offset, buffers)
 
     async def flush(self):
+        await self.flushing.wait()
         self.order.append("flush")
         await self._storage.flush()
 
@@ -305,6 +339,37 @@ def test_a_cancelled_suspend_of_either_side_changes_nothing():
                 assert await late in (bytes([1]) * 4096, bytes(4096))
             assert r.front.queue.connections == connections
             assert await disk.read(199 * 4096, 4096) == bytes([199]) * 4096
+            await r.gone()
+
+    asyncio.run(run())
+
+
+def test_a_suspend_waits_for_every_queue():
+    """One queue has nothing in flight any more; the other one has."""
+
+    async def run():
+        async with rig(front=front_with(num_queues=2)) as r:
+            await r.plug("memory:1M")
+            await r.connected()
+            gated, queue = _Gated(r.back._storage), r.front.queue
+            for link in r.back._links:
+                link.queue._storage = gated
+            write = asyncio.ensure_future(r.disk.write(0, bytes(4096)))
+            await until(lambda: r.back.sysctl()["inflight"]() == 1)
+            gated.flushing.clear()
+            flush = asyncio.ensure_future(r.disk.flush())
+            await until(lambda: r.back.sysctl()["inflight"]() == 2)
+            suspended = asyncio.ensure_future(r.guest.front.suspend())
+            await until(lambda: queue.on_idle is not None)
+            gated.flushing.set()
+            await flush
+            assert sorted(len(connection.shadow) for connection in queue.connections) == [0, 1]
+            await asyncio.sleep(0.02)
+            assert not suspended.done()
+            gated.gate.set()
+            await asyncio.wait_for(suspended, 5)
+            assert write.done()
+            await r.guest.front.resume(cancelled=True)
             await r.gone()
 
     asyncio.run(run())
