@@ -223,6 +223,51 @@ class RawFront(XenbusDriver):
         return blkif.segment_word(self.data.refs[page], first, last)
 
 
+class RawQueues(RawFront):
+    """The same with several rings. `ring` and `channel` are those that `use` chose; answers come from all."""
+
+    queues = 2
+
+    async def initialise(self) -> None:
+        dev = self.dev
+        self.data = await dev.grant_ring(16)
+        self.pages = [await dev.grant_ring(1 << self.order) for _ in range(self.queues)]
+        self.rings = [FrontRing(p.view, self.abi.request_size, self.abi.response_size) for p in self.pages]
+        self.channels = []
+        for ring in self.rings:
+            ring.init()
+            self.channels.append(await dev.alloc_evtchn(self.kicked))
+        self.use(0)
+        values: dict[str, object] = {
+            "multi-queue-num-queues": self.queues,
+            "protocol": self.abi.name,
+            "feature-persistent": 0,
+            **({"ring-page-order": self.order} if self.order else {}),
+        }
+        for n, (pages, channel) in enumerate(zip(self.pages, self.channels, strict=True)):
+            values[f"queue-{n}/event-channel"] = channel.port
+            names = [f"ring-ref{k}" for k in range(1 << self.order)] if self.order else ["ring-ref"]
+            values |= {f"queue-{n}/{key}": ref for key, ref in zip(names, pages.refs, strict=True)}
+        values |= self.lies
+        # A lie that is one of ours is said by its name: "the port of queue-0".
+        said = {key: values.get(str(value), value) for key, value in values.items() if value is not None}
+        await dev.set_state(XenbusState.INITIALISED, said)
+
+    def use(self, queue: int) -> None:
+        self.ring, self.channel = self.rings[queue], self.channels[queue]
+
+    async def detach(self) -> None:
+        for ring in self.rings:
+            ring.release()
+
+    def kicked(self) -> None:
+        for ring in self.rings:
+            for raw in ring.take_responses():
+                self.answers.append(self.abi.response.unpack(raw))
+            ring.final_check_for_responses()
+        self.woken.set()
+
+
 class RawBack(XenbusDriver):
     """A back end that answers whatever a test wants.
 
@@ -247,7 +292,8 @@ class RawBack(XenbusDriver):
     async def otherend_changed(self, state: XenbusState) -> None:
         if state is XenbusState.INITIALISED and self.mapping is None and self.connects:
             said = await self.dev.otherend_gather(
-                {"event-channel": int, "ring-page-order": int, "protocol": bytes.decode}
+                {"event-channel": int, "ring-page-order": int, "protocol": bytes.decode},
+                {"ring-page-order": 0},
             )
             order = said["ring-page-order"]
             keys = [f"ring-ref{n}" for n in range(1 << order)] if order else ["ring-ref"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from xenbus.bus.back import BackBus
 from xenbus.bus.driver import drivers
 from xenbus.bus.front import FrontBus
 from xenbus.bus.state import Side
-from xenbus.bus.xenbusb import XenBus
+from xenbus.bus.xenbusb import Settings, XenBus
 from xenbus.domain.layout import check_name
 from xenbus.domain.runtime import DomainRuntime, MakeBuses, StoreFactory
 from xenbus.errors import NoEntry, PeerError, UsageError, XenbusError
@@ -42,12 +41,15 @@ _MODULES = {Side.FRONT: "xen-{}front", Side.BACK: "xen-{}back"}
 class Served:
     """What a process serves of its domain.
 
-    sides:  its buses
-    claims: device types that are taken although Linux may have a driver for them
+    sides:    its buses
+    claims:   device types that are taken although Linux may have a driver for them
+    journals: where back ends keep what the next process needs to go on after this one (a directory of ours
+              alone, on a tmpfs); back ends that a former one left are taken over. None: neither
     """
 
     sides: frozenset[Side] = frozenset({Side.BACK})
     claims: frozenset[str] = frozenset()
+    journals: Path | None = None
 
     def accepts(self, side: Side, device_type: str) -> bool:
         return device_type in self.claims or device_type not in LINUX_TYPES
@@ -164,8 +166,14 @@ async def native_runtime(served: Served, address: str | None = None) -> DomainRu
 
     def buses(store: Client, hv: Hypervisor, xenstore: Device) -> tuple[XenBus, ...]:
         registry = drivers.only(served.accepts)
-        kinds: Collection[tuple[Side, type[XenBus]]] = ((Side.FRONT, FrontBus), (Side.BACK, BackBus))
-        return tuple(kind(store, hv, xenstore, registry) for side, kind in kinds if side in served.sides)
+        settings = Settings(journals=served.journals)
+        inherits = served.journals is not None
+        made: list[XenBus] = []
+        if Side.FRONT in served.sides:
+            made.append(FrontBus(store, hv, xenstore, registry))
+        if Side.BACK in served.sides:
+            made.append(BackBus(store, hv, xenstore, registry, settings, inherits=inherits))
+        return tuple(made)
 
     hv = LinuxHypervisor(domid)
     if domid:

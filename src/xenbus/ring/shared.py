@@ -129,6 +129,11 @@ class FrontRing(SharedRing):
         self.slots[offset : offset + len(data)] = data
         self.commit_request()
 
+    @property
+    def unpublished(self) -> bool:
+        """Whether there is anything for `push_requests` to publish."""
+        return self.req_prod_pvt != self._published
+
     def push_requests(self) -> bool:
         """Publish what was put. True: notify the other end (RING_PUSH_REQUESTS_AND_CHECK_NOTIFY)."""
         old, new = self._published, self.req_prod_pvt

@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xenbus.bus.state import Side, XenbusState
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 STATUS_EVERY = 5.0  # seconds between two looks at what `systemctl status` shows
 # Why a runtime ends, by signal. After a hand-over the devices stay as they are, for the next process.
 SIGNALS = {signal.SIGTERM: "poweroff", signal.SIGINT: "poweroff", signal.SIGUSR1: "handover"}
+JOURNALS = ".journals"  # below the run directory; no domain's name begins with a dot
 UNIT = Path(__file__).parent / "files" / "xenbus.service"
 SCRIPT = Path(__file__).parent / "files" / "block-xenbus"
 
@@ -83,26 +84,31 @@ async def serve(serving: Serving, on_ready: Callable[[DomainRuntime], None]) -> 
     serving.served.check()
     readiness = Readiness()
     run = make_run_directory(serving.run or run_directory())
-    runtime = await native_runtime(serving.served, serving.address)
+    served = replace(serving.served, journals=make_run_directory(run / JOURNALS))
+    runtime = await native_runtime(served, serving.address)
     loop = asyncio.get_running_loop()
     with only_one(run, runtime.name):
         for number, reason in SIGNALS.items():
             loop.add_signal_handler(number, runtime.end, reason)
-        service = DomainService(runtime, {"serves": serving.served.types()})
+        service = DomainService(runtime, {"serves": served.types()})
         async with AsyncExitStack() as stack:
             stack.push_async_callback(runtime.hv.close)
-            stack.push_async_callback(runtime.stop)
+            stack.push_async_callback(_stop, runtime)
             stack.push_async_callback(service.close)
             await stack.enter_async_context(readiness.watchdog())
             await service.serve(check_socket_path(run / runtime.name))
             await runtime.start()
-            await stack.enter_async_context(_around(runtime, serving.served, readiness))
+            await stack.enter_async_context(_around(runtime, served, readiness))
             on_ready(runtime)
             readiness.ready(status_line(runtime))
             reason = await runtime.ended
             log.info("ending: %s", reason)
             readiness.stopping("handing over" if reason == "handover" else "closing devices")
     return reason
+
+
+async def _stop(runtime: DomainRuntime) -> None:
+    await runtime.stop(handover=runtime.ended.done() and runtime.ended.result() == "handover")
 
 
 @asynccontextmanager

@@ -93,7 +93,7 @@ def test_every_layout_and_feature(tmp_path, abi, order, persistent, indirect, se
             await r.connected()
             disk = r.disk
             assert disk.sector_size == sector
-            assert len(r.front._pages.refs) == 1 << order
+            assert r.front._links[0].ring_pages == 1 << order
             assert r.back_dev.counts()["mapped_pages"] == 1 << order
             agreed = r.front_dev.features
             assert (agreed["persistent"], agreed["indirect-segments"]) == (persistent, indirect)
@@ -394,7 +394,7 @@ def test_many_at_once_and_more_than_fit(tmp_path):
             assert all(part == content for part in parts)
             await asyncio.gather(*(r.disk.write(n * 8192, bytes([n % 251]) * 8192) for n in range(512)))
             assert path.read_bytes() == b"".join(bytes([n % 251]) * 8192 for n in range(512))
-            pool = r.front.queue.connection.pool
+            pool = r.front.queue.connections[0].pool
             assert pool.pages <= 4096
             assert r.front.queue.inflight == r.front.queue.waiting == 0
             await r.gone()

@@ -398,15 +398,9 @@ def test_an_image_of_less_than_a_sector_is_no_disk(path):
     asyncio.run(run())
 
 
-FAILURES = {
-    "its state cannot be written": (StoreOp.TRANSACTION_START, ""),
-    "discard-enable cannot be read": (StoreOp.READ, "/discard-enable"),
-}
-
-
-@pytest.mark.parametrize("what", FAILURES)
-def test_an_attach_that_fails_closes_the_image(path, what):
-    """The image is open by then; the device was never attached, so nobody detaches it."""
+def test_an_attach_that_fails_closes_the_image(path):
+    """Its state cannot be written. The image is open by then; the device was never attached, so nobody
+    detaches it."""
     path.write_bytes(content())
     tap = Tap()
 
@@ -417,7 +411,7 @@ def test_an_attach_that_fails_closes_the_image(path, what):
             storage = await super()._open()
             if not self.opened:
                 self.opened.append(storage)
-                tap.fail(*FAILURES[what], "EIO", times=1)
+                tap.fail(StoreOp.TRANSACTION_START, "", "EIO", times=1)
             return storage
 
     async def run():

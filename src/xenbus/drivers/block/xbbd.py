@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
 from xenbus.bus.journals import JournalBusy, identity
 from xenbus.drivers.block import blkif
-from xenbus.drivers.block.blkif import Op
+from xenbus.drivers.block.blkif import Op, number
 from xenbus.drivers.block.storage import Storage, open_storage
+from xenbus.drivers.block.xbbd_front import HEAD, Parameters, Shape
 from xenbus.drivers.block.xbbd_grants import Grants
-from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
+from xenbus.drivers.block.xbbd_io import READ, WRITE, BackQueue
 from xenbus.drivers.block.xbbd_journal import Journals
-from xenbus.drivers.block.xbbd_queue import QueueKeys, QueueLink
+from xenbus.drivers.block.xbbd_options import (
+    MAX_INDIRECT_SEGMENTS,
+    MAX_RING_PAGE_ORDER,
+    OPTIONS,
+    Options,
+)
+from xenbus.drivers.block.xbbd_queue import QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
-from xenbus.drivers.block.xbd import number
-from xenbus.errors import DeadlineError, HypervisorError, NoEntry, PeerError, UsageError
+from xenbus.errors import DeadlineError, HypervisorError, PeerError, UsageError
 from xenbus.newbus import NoMatch
 from xenbus.ring.journal import JournalError
 from xenbus.ring.shared import BackRing
@@ -42,33 +47,28 @@ T = TypeVar("T")
 _HAS_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING)
 
 
-@dataclass(slots=True, frozen=True)
-class Parameters:
-    """A front's transport parameters: its queues, how it lays out slots, whether it uses its grants again."""
-
-    queues: tuple[QueueKeys, ...]
-    abi: blkif.Abi
-    persistent: bool
-
-
 @back_driver("vbd", OWN_TYPE)
 class Xbbd(XenbusDriver):
-    """max_ring_page_order, max_persistent_grants, max_indirect_segments: what a front may have of it; 0 for
-    the last two is not to offer it."""
+    """The class attributes from max_queues to discard are what a front may have where the device's nodes do
+    not say otherwise: see Options."""
 
     name = "xbbd"
     description = "Backend Virtual Block Device"
     deadline = 60.0
 
-    max_ring_page_order: ClassVar[int] = 4
+    max_queues: ClassVar[int] = 4
+    max_ring_page_order: ClassVar[int] = MAX_RING_PAGE_ORDER
     max_persistent_grants: ClassVar[int] = 4096
     max_indirect_segments: ClassVar[int] = MAX_INDIRECT_SEGMENTS
+    flush: ClassVar[bool] = True
+    barrier: ClassVar[bool] = True
+    discard: ClassVar[bool] = True
 
     def __init__(self, dev: XenbusDevice) -> None:
         super().__init__(dev)
         self.counters = Counters()
         self._storage: Storage | None = None
-        self._discard = False
+        self._options = Options.of(type(self), dev.node, dict.fromkeys(o.key for o in OPTIONS))
         self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
         self._parameters: Parameters | None = None
         self._grants: Grants | None = None
@@ -86,9 +86,9 @@ class Xbbd(XenbusDriver):
     # -- callbacks of the bus
 
     async def attach(self) -> None:
+        await self._read_options()
         storage = await self._open()
         try:
-            self._discard = await self._may_discard(storage)
             await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
         except BaseException:
             await self._close_storage()  # a device that was not attached is not detached
@@ -97,6 +97,7 @@ class Xbbd(XenbusDriver):
     async def recover(self) -> None:
         """Goes on with the rings, and the requests in them, of a process that was killed."""
         dev, peer = self.dev, self.dev.otherend_state
+        await self._read_options()
         if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
             await self.attach()  # it began anew, and waits for us to do so
         elif dev.state is not XenbusState.CLOSED and peer in _HAS_RING:
@@ -165,6 +166,7 @@ class Xbbd(XenbusDriver):
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         counters = self.counters
         leaves: dict[str, Callable[[], object]] = {
+            "queues": lambda: len(self._links),
             "ring_pages": lambda: sum(link.ring_pages for link in self._links),
             "persistent_grants": lambda: self._grants.pages if self._grants is not None else 0,
             "inflight": lambda: sum(link.inflight for link in self._links),
@@ -208,10 +210,10 @@ class Xbbd(XenbusDriver):
         self._storage = storage
         return storage
 
-    async def _may_discard(self, storage: Storage) -> bool:
-        if not storage.discards or storage.readonly:
-            return False
-        return await self.dev.read_opt("discard-enable") != "0"
+    async def _read_options(self) -> None:
+        keys = [option.key for option in OPTIONS]
+        said = await self.dev.gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys))
+        self._options = Options.of(type(self), self.dev.node, said)
 
     async def _close_storage(self) -> None:
         storage, self._storage = self._storage, None
@@ -219,22 +221,7 @@ class Xbbd(XenbusDriver):
             await storage.close()
 
     def _features(self, storage: Storage) -> dict[str, object]:
-        """What blkif.h calls features and transport parameters; both schemes of ring sizes (note 3)."""
-        values: dict[str, object] = {
-            "feature-barrier": 1,
-            "feature-flush-cache": 1,
-            "feature-persistent": int(self.max_persistent_grants > 0),
-            "max-ring-page-order": self.max_ring_page_order,
-            "max-ring-pages": 1 << self.max_ring_page_order,
-        }
-        if self.max_indirect_segments:
-            values["feature-max-indirect-segments"] = self.max_indirect_segments
-        if self._discard:
-            values["feature-discard"] = 1
-            values["discard-granularity"] = storage.sector_size
-            values["discard-alignment"] = 0
-            values["discard-secure"] = 0
-        return values
+        return self._options.nodes(discards=_discards(storage), sector_size=storage.sector_size)
 
     # -- the handshake
 
@@ -270,7 +257,6 @@ class Xbbd(XenbusDriver):
             storage = await self._open()
             self._parameters = parameters
             try:
-                self._discard = await self._may_discard(storage)
                 await self._check_same_disk(storage)
                 await self._take_over(storage, parameters)
             except BaseException:
@@ -308,38 +294,16 @@ class Xbbd(XenbusDriver):
 
     async def _front_parameters(self) -> Parameters:
         """What the front published, or PeerError that names what is wrong with it."""
-        dev = self.dev
-        said = await dev.otherend_gather(
-            {
-                "ring-page-order": number,
-                "event-channel": number,
-                "protocol": bytes.decode,
-                "feature-persistent": number,
-            },
-            {"ring-page-order": 0, "event-channel": -1, "protocol": "", "feature-persistent": 0},
-        )
-        order, port = said["ring-page-order"], said["event-channel"]
-        if order > self.max_ring_page_order:
-            raise PeerError(
-                f"{dev.otherend_path}/ring-page-order: {order}, at most {self.max_ring_page_order}"
-            )
-        if port < 0:
-            raise PeerError(f"{dev.otherend_path}/event-channel is missing")
-        keys = [f"ring-ref{n}" for n in range(1 << order)] if order else ["ring-ref"]
-        try:
-            refs = await dev.otherend_gather(dict.fromkeys(keys, number))
-        except NoEntry as missing:
-            raise PeerError(f"{missing.path or keys[0]} is missing") from missing
-        for key, ref in refs.items():
-            if ref > 0xFFFFFFFF:
-                raise PeerError(f"{dev.otherend_path}/{key}: {ref} is no grant reference")
-        abi = blkif.abi_of(said["protocol"])
-        queue = QueueKeys(tuple(refs[key] for key in keys), port)
-        return Parameters((queue,), abi, bool(said["feature-persistent"]))
+        dev, options = self.dev, self._options
+        said = await dev.otherend_gather(dict.fromkeys(HEAD, bytes), dict.fromkeys(HEAD))
+        shape = Shape.of(dev.otherend_path, said, options.max_queues, options.max_ring_page_order)
+        keys = shape.keys()
+        return shape.parameters(await dev.otherend_gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys)))
 
     async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
-        dev = self.dev
-        grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
+        dev, options = self.dev, self._options
+        # One for all queues, so that what a guest can have mapped is bounded by device (Linux: by queue).
+        grants = Grants(dev.map_ring, dev.unmap, options.max_persistent_grants if front.persistent else 0)
         self._grants = grants
 
         def serve(ring: BackRing) -> BackQueue:
@@ -350,8 +314,8 @@ class Xbbd(XenbusDriver):
                 grants,
                 self.counters,
                 readonly=storage.readonly,
-                discard=self._discard,
-                max_indirect=self.max_indirect_segments,
+                offered=options.operations(discards=_discards(storage)),
+                max_indirect=options.max_indirect_segments,
                 spawn=dev.spawn,
                 on_fatal=self._broken,
             )
@@ -427,6 +391,10 @@ class Xbbd(XenbusDriver):
     async def _give_up(self, error: PeerError) -> None:
         await self.dev.fatal(error)
         await self._disconnect()
+
+
+def _discards(storage: Storage) -> bool:
+    return storage.discards and not storage.readonly
 
 
 async def _all(doing: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

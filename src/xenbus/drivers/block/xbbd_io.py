@@ -7,7 +7,7 @@ disk) is a task. Nothing that a guest writes is believed: `_check` sees each tra
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Final
 
 from xenbus.drivers.block import blkif
@@ -43,14 +43,13 @@ BATCH: Final = 16
 WORK_PER_WAKEUP: Final = 64
 # So many sectors of cached reads weigh as much as a request, and are answered before the rest of the batch.
 SECTORS_PER_WORK: Final = 256
-MAX_INDIRECT_SEGMENTS: Final = 256
 _EXTENT: Final = SEGMENT_WORD_MASK & ~GREF_MASK
 
 
 class BackQueue:
     """Requests of one connection.
 
-    max_indirect: segments of an indirect request that were offered; discard: whether that was
+    offered:      the operations that a request may ask for; max_indirect: segments of an indirect one
     spawn:        starts a task of the device
     on_fatal:     called once, with what the guest did to its ring; nothing more is read off it
     """
@@ -64,7 +63,7 @@ class BackQueue:
         counters: Counters,
         *,
         readonly: bool,
-        discard: bool,
+        offered: Collection[int],
         max_indirect: int,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_fatal: Callable[[PeerError], None],
@@ -76,7 +75,6 @@ class BackQueue:
         self._grants = grants
         self._counters = counters
         self._readonly = readonly
-        self._discard = discard
         self._max_indirect = max_indirect
         self._spawn = spawn
         self._on_fatal = on_fatal
@@ -97,7 +95,7 @@ class BackQueue:
         self._push_scheduled = False
         self._done_sectors = 0
         self._idle: asyncio.Future[None] | None = None
-        self._handlers: dict[int, Callable[[bytes], None]] = {
+        handlers: dict[int, Callable[[bytes], None]] = {
             READ: self._take_rw,
             WRITE: self._take_rw,
             WRITE_BARRIER: self._take_rw,
@@ -105,6 +103,7 @@ class BackQueue:
             FLUSH: self._take_flush,
             DISCARD: self._take_discard,
         }
+        self._handlers = {op: handler for op, handler in handlers.items() if op in offered}
         self.inflight = 0
 
     # -- its life
@@ -214,14 +213,13 @@ class BackQueue:
         handler = self._handlers.get(raw[0])
         try:
             if handler is None:
-                self._unsupported(raw, f"unknown operation {raw[0]}")
+                known = raw[0] in self._counters.requests
+                what = f"{Op(raw[0]).name}, which was not offered" if known else f"unknown operation {raw[0]}"
+                self._failed(raw[0], self._abi.head.unpack_from(raw)[2], BLKIF_RSP_EOPNOTSUPP, what)
             else:
                 handler(raw)
         except BadRequest as error:
             self._failed(raw[0], self._abi.head.unpack_from(raw)[2], BLKIF_RSP_ERROR, str(error))
-
-    def _unsupported(self, raw: bytes, why: str) -> None:
-        self._failed(raw[0], self._abi.head.unpack_from(raw)[2], BLKIF_RSP_EOPNOTSUPP, why)
 
     def _take_rw(self, raw: bytes) -> None:
         abi = self._abi
@@ -333,9 +331,6 @@ class BackQueue:
     def _take_discard(self, raw: bytes) -> None:
         # BLKIF_DISCARD_SECURE, the flag, is ignored where discard-secure is 0 (blkif.h).
         _, _, _, ident, sector, count = self._abi.discard.unpack_from(raw)
-        if not self._discard:
-            self._unsupported(raw, "a discard, which was not offered")
-            return
         if self._readonly:
             raise BadRequest("a discard on a read-only disk")
         if not count or sector + count > self._sectors or (sector | count) & self._sector_mask:

@@ -6,11 +6,11 @@ Knows a device as what maps and binds, and what a front published of one queue; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from xenbus.bus import XenbusDevice
 from xenbus.bus.journals import JournalFile
 from xenbus.drivers.block.blkif import Abi
+from xenbus.drivers.block.xbbd_front import QueueKeys
 from xenbus.drivers.block.xbbd_io import BackQueue
 from xenbus.hypervisor.interface import Channel, Mapping
 from xenbus.ring.journal import JournalledRing
@@ -21,14 +21,6 @@ OpenJournal = Callable[[int, int], JournalFile | None]
 
 # Journals of rings that were left with requests that did not end: locked until this process has.
 _locked: list[JournalFile] = []
-
-
-@dataclass(slots=True, frozen=True)
-class QueueKeys:
-    """A front's transport parameters of one queue: the ring's refs in order, and the port."""
-
-    refs: tuple[int, ...]
-    port: int
 
 
 class QueueLink:

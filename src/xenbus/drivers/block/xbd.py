@@ -1,32 +1,35 @@
 """xbd, the front half of a `vbd`: the handshake of blkif.h, and the disk that comes of it.
 
-Knows its device, its peer's keys and the queue that it connects; requests are xbd_io's, pages xbd_pool's.
+Knows its device, its peer's keys and the rings that it connects; a ring and its port are xbd_queue's,
+requests xbd_io's, pages xbd_pool's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import ClassVar
 
 from xenbus.bus import Feature, Merge, XenbusDevice, XenbusDriver, XenbusState, front_driver, negotiate
 from xenbus.bus.operations import Operation
 from xenbus.drivers.block import blkif
+from xenbus.drivers.block.blkif import number
 from xenbus.drivers.block.disk import Disk, Geometry
-from xenbus.drivers.block.diskio import OP_NAMES, WRITE_BARRIER
+from xenbus.drivers.block.diskio import FLUSH, OP_NAMES, WRITE_BARRIER
 from xenbus.drivers.block.operations import DiskOperations
 from xenbus.drivers.block.xbd_io import Connection, Queue
-from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin, Pool
-from xenbus.errors import LinkDown, PeerError, UsageError, XenbusError
-from xenbus.hypervisor.interface import Channel, GrantedPages
-from xenbus.ring.shared import FrontRing
+from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin
+from xenbus.drivers.block.xbd_queue import TRANSPORT_KEY, FrontLink
+from xenbus.errors import LinkDown, NoEntry, PeerError, UsageError, XenbusError
 
 # Seconds for the back end to answer what is in flight when either side closes, or when we are suspended.
 DRAIN_TIMEOUT = 5.0
 
 RING_ORDER = Feature("ring-page-order", Merge.LEAST, key="ring-page-order", peer_key="max-ring-page-order")
+QUEUES = Feature("queues", Merge.LEAST, default=1, peer_key="multi-queue-max-queues", least=1)
 FEATURES = (
     RING_ORDER,
+    QUEUES,
     Feature("persistent", Merge.BOTH, peer_key="feature-persistent"),
     Feature("indirect-segments", Merge.LEAST, peer_key="feature-max-indirect-segments"),
     Feature("flush", Merge.BOTH, peer_key="feature-flush-cache"),
@@ -35,21 +38,12 @@ FEATURES = (
 )
 
 
-def number(raw: bytes) -> int:
-    """A decimal number as the peer wrote it, below 2**64. ValueError."""
-    if not raw.isdigit() or len(raw) > 20:
-        raise ValueError(f"{raw[:32]!r} is not a number")
-    value = int(raw)
-    if value >> 64:
-        raise ValueError(f"{value} is more than 64 bits hold")
-    return value
-
-
 @front_driver("vbd")
 class Xbd(XenbusDriver):
     """Its `disk` is there from the start; I/O on it waits for the connection.
 
-    abi, ring_page_order, persistent, indirect_segments: what this front offers
+    The class attributes from abi to discard are what this front makes use of, as far as the back end has it.
+    num_queues: one suffices: all queues are served by one loop; more are for back ends that gain by them
     """
 
     name = "xbd"
@@ -57,9 +51,13 @@ class Xbd(XenbusDriver):
     deadline = 60.0
 
     abi: ClassVar[blkif.Abi] = blkif.NATIVE
+    num_queues: ClassVar[int] = 1
     ring_page_order: ClassVar[int] = 1
     persistent: ClassVar[bool] = True
     indirect_segments: ClassVar[int] = MAX_SEGMENTS
+    flush: ClassVar[bool] = True
+    barrier: ClassVar[bool] = True
+    discard: ClassVar[bool] = True
 
     @classmethod
     def unit(cls, dev: XenbusDevice) -> int | None:
@@ -75,9 +73,7 @@ class Xbd(XenbusDriver):
         self.queue = Queue(self._broken, self._grow, lambda io, seconds: self.disk.overdue(io, seconds))
         self.disk = Disk(dev.nameunit, self.queue, lambda: dev.otherend)
         self._handle = 0
-        self._ring: FrontRing | None = None
-        self._pages: GrantedPages | None = None
-        self._channel: Channel | None = None
+        self._links: list[FrontLink] = []
         self._operations: DiskOperations | None = None
         self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
             XenbusState.INIT_WAIT: self._initialise,
@@ -106,10 +102,9 @@ class Xbd(XenbusDriver):
     async def resume(self, cancelled: bool) -> None:
         if not cancelled:
             self.queue.disconnect()
-            if self._ring is not None:
-                self._ring.release()
-            # Pages and channel went with the old life of this domain: there is nothing to give back.
-            self._ring = self._pages = self._channel = None
+            links, self._links = self._links, []
+            for link in links:
+                link.abandon()
         self.queue.held = False
         self.queue.pump()
 
@@ -127,8 +122,9 @@ class Xbd(XenbusDriver):
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         queue = self.queue
         leaves: dict[str, Callable[[], object]] = {
-            "ring_pages": lambda: len(self._pages.refs) if self._pages is not None else 0,
-            "data_pages": lambda: queue.connection.pool.pages if queue.connection is not None else 0,
+            "queues": lambda: len(self._links),
+            "ring_pages": lambda: sum(link.ring_pages for link in self._links),
+            "data_pages": lambda: sum(connection.pool.pages for connection in queue.connections),
             "inflight": lambda: queue.inflight,
             "waiting": lambda: queue.waiting,
             "errors": lambda: queue.errors,
@@ -146,31 +142,39 @@ class Xbd(XenbusDriver):
     # -- the handshake
 
     async def _initialise(self) -> None:
-        """The back end's limits are known: make a ring and publish it."""
+        """The back end's limits are known: make the rings and publish them."""
         dev = self.dev
-        if dev.state is not XenbusState.INITIALISING or self._ring is not None:
+        if dev.state is not XenbusState.INITIALISING or self._links:
             return
-        theirs = await self._features_of((RING_ORDER,))
-        order = negotiate((RING_ORDER,), {RING_ORDER.name: self.ring_page_order}, theirs).number(
-            RING_ORDER.name
-        )
-        self._pages = await dev.grant_ring(1 << order)
-        self._ring = FrontRing(self._pages.view, self.abi.request_size, self.abi.response_size)
-        self._ring.init()
-        self._channel = await dev.alloc_evtchn(self.queue.kick)
-        refs = self._pages.refs
-        values: dict[str, object] = {
-            "event-channel": self._channel.port,
-            "protocol": self.abi.name,
-            "feature-persistent": self.persistent,
-            "ring-page-order": order,
-        }
-        if order:
-            values["num-ring-pages"] = len(refs)  # the same in the older scheme (blkif.h, note 3)
-            values.update((f"ring-ref{n}", ref) for n, ref in enumerate(refs))
-        else:
-            values["ring-ref"] = refs[0]
+        shape = (RING_ORDER, QUEUES)
+        agreed = negotiate(shape, self._ours(), await self._features_of(shape))
+        order, count = agreed.number(RING_ORDER.name), agreed.number(QUEUES.name)
+        self._links = [FrontLink(dev, self.queue.kick) for _ in range(count)]
+        for link in self._links:
+            await link.build(order, self.abi)
+        values: dict[str, object] = {"protocol": self.abi.name, "feature-persistent": self.persistent}
+        if order:  # with one page it is left out: where it is 0, Linux's blkback asks for `ring-ref0`
+            values["ring-page-order"] = order
+            values["num-ring-pages"] = 1 << order  # the same in the older scheme (blkif.h, note 3)
+        if count > 1:
+            values["multi-queue-num-queues"] = count
+        for n, link in enumerate(self._links):
+            values |= link.nodes(f"queue-{n}/" if count > 1 else "")
+        await self._clear(values)
         await dev.set_state(XenbusState.INITIALISED, values)
+
+    async def _clear(self, values: Mapping[str, object]) -> None:
+        """Away with what an earlier connection published and this one does not."""
+        dev = self.dev
+        ours = {key.partition("/")[0] for key in values}
+        try:
+            there = await dev.store.directory(dev.node)
+        except NoEntry:
+            return  # the node is gone: the bus will say so
+        for key in there:
+            # An earlier queue-N may hold more than this one's: all of it goes.
+            if TRANSPORT_KEY.fullmatch(key) and (key not in ours or key.startswith("queue-")):
+                await dev.remove(key)
 
     async def _connect(self) -> None:
         """The back end serves our ring: learn the disk. When connected already: it may have a new size."""
@@ -179,38 +183,38 @@ class Xbd(XenbusDriver):
         if dev.state is XenbusState.CONNECTED:
             self.disk.now_connected(await self._geometry())
             return
-        if dev.state is not XenbusState.INITIALISED or self._ring is None or self._channel is None:
+        if dev.state is not XenbusState.INITIALISED or not self._links:
             return
         geometry = await self._geometry()
         agreed = dev.features
         assert agreed is not None
         segments = max(agreed.number("indirect-segments"), blkif.BLKIF_MAX_SEGMENTS_PER_REQUEST)
-        pool = Pool(dev.grant_ring, dev.revoke, self._ring.size, min(segments, MAX_SEGMENTS))
-        connection = Connection(
-            self._ring, self._channel, self.abi, pool, min(segments, MAX_SEGMENTS), self._handle
-        )
-        if not geometry.flush and geometry.barrier:
-            self.queue.flush_op = WRITE_BARRIER
+        segments = min(segments, MAX_SEGMENTS)
+        self.queue.flush_op = WRITE_BARRIER if geometry.barrier and not geometry.flush else FLUSH
         if await dev.set_state(XenbusState.CONNECTED):
             self.disk.now_connected(geometry)
-            self.queue.connect(connection)
+            self.queue.connect([link.connect(self.abi, segments, self._handle) for link in self._links])
 
     async def _features_of(self, features: tuple[Feature, ...]) -> dict[str, str | None]:
         keys = [feature.peer_key for feature in features]
         found = await self.dev.otherend_gather(dict.fromkeys(keys, _text), dict.fromkeys(keys))
         return dict(found)
 
-    async def _geometry(self) -> Geometry:
-        """The peer's word on the disk, checked. PeerError."""
-        ours = {
+    def _ours(self) -> dict[str, int]:
+        """By the names of FEATURES."""
+        return {
             "ring-page-order": self.ring_page_order,
+            "queues": self.num_queues,
             "persistent": int(self.persistent),
             "indirect-segments": self.indirect_segments,
-            "flush": 1,
-            "barrier": 1,
-            "discard": 1,
+            "flush": int(self.flush),
+            "barrier": int(self.barrier),
+            "discard": int(self.discard),
         }
-        agreed = negotiate(FEATURES, ours, await self._features_of(FEATURES))
+
+    async def _geometry(self) -> Geometry:
+        """The peer's word on the disk, checked. PeerError."""
+        agreed = negotiate(FEATURES, self._ours(), await self._features_of(FEATURES))
         self.dev.features = agreed
         wanted = ("sectors", "sector-size", "info", "physical-sector-size")
         grain = ("discard-granularity", "discard-alignment")
@@ -286,32 +290,23 @@ class Xbd(XenbusDriver):
 
     async def _tear_down(self, why: XenbusError) -> None:
         """Every caller is told, every page and port given back. Idempotent."""
-        dev = self.dev
         self.disk.now_gone(why)
-        connection = self.queue.disconnect()
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await dev.close_evtchn(channel)
-        if connection is not None:
-            await connection.pool.close()
-        ring, pages = self._ring, self._pages
-        self._ring = self._pages = None
-        if ring is not None:
-            ring.release()
-        if pages is not None:
-            await dev.revoke(pages)
+        self.queue.disconnect()
+        links, self._links = self._links, []
+        for link in links:
+            await link.give_back()
 
     # -- what the queue asks for
 
     def _broken(self, error: PeerError) -> None:
         """The back end put nonsense on the ring: nothing it says there is believed any more."""
         self.disk.now_gone(error)
-        connection = self.queue.disconnect()
-        self.dev.spawn(self._give_up(error, connection), name=f"{self.dev.nameunit} gives up")
+        connections = self.queue.disconnect()
+        self.dev.spawn(self._give_up(error, connections), name=f"{self.dev.nameunit} gives up")
 
-    async def _give_up(self, error: PeerError, connection: Connection | None) -> None:
+    async def _give_up(self, error: PeerError, connections: Iterable[Connection]) -> None:
         await self.dev.fatal(error)
-        if connection is not None:
+        for connection in connections:
             await connection.pool.close()
 
     def _grow(self, connection: Connection, wanted: Bin) -> None:
@@ -323,7 +318,7 @@ class Xbd(XenbusDriver):
             await connection.pool.grow(wanted)
         except XenbusError as raised:
             error = raised
-        self.queue.grown(error)
+        self.queue.grown(connection, error)
 
 
 def _text(raw: bytes) -> str:

@@ -1,14 +1,15 @@
 """The request side of a disk: I/O in, requests onto the ring, responses off it. Synchronous but for growing.
 
-Knows one ring, one event channel and one pool of granted pages at a time; knows no store and no states.
-I/O outlives a connection: what was in flight when one ended goes out again on the next one.
+Knows the rings of one connection to a back end, one a queue, each with an event channel and a pool of granted
+pages; knows no store and no states. I/O outlives connections: what was in flight when they ended goes out
+again on the next ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from xenbus.drivers.block.blkif import (
@@ -54,15 +55,20 @@ class Connection:
 
     max_segments: in one request; above BLKIF_MAX_SEGMENTS_PER_REQUEST they are indirect
     shadow:       what is in flight by id, oldest first (blkfronts call it so)
+    next:         the ring that requests go to after this one: with one queue, itself
+    growing:      its pool is; barren: it could not, and has not a page
     """
 
     __slots__ = (
         "abi",
+        "barren",
         "channel",
         "free_ids",
+        "growing",
         "handle",
         "lookout",
         "max_segments",
+        "next",
         "pack_one",
         "pool",
         "ring",
@@ -82,12 +88,18 @@ class Connection:
         self.handle = handle & 0xFFFF
         self.shadow: dict[int, Io | Part] = {}
         self.free_ids = list(range(ring.size - 1, -1, -1))
+        self.next = self
+        self.growing = False
+        self.barren = False
 
 
 class Queue:
-    """I/O of one disk. Its owner connects and disconnects it, and feeds it kicks.
+    """I/O of one disk, over all its rings. Its owner connects and disconnects it, and feeds it kicks.
 
-    on_broken: called once with what the back end did wrong; no more is read off that ring
+    With several rings each batch of requests, up to its notification, goes to the next one. The rings know no
+    order among them, nor does Linux's blkback keep a barrier's beyond its own ring: so a barrier goes alone.
+
+    on_broken: called once with what the back end did wrong; no more is read off those rings
     grow:      starts `pool.grow(bin)` as a task of the device, and calls `grown` when that is over
     overdue:   the error for an I/O that took longer than `timeout` seconds
     """
@@ -107,24 +119,39 @@ class Queue:
         self._gone: Exception | None = None
         self.timeout = DEFAULT_TIMEOUT
         self._bulky = False
-        self._growing = False
         self._push_scheduled = False
         self._waiting: deque[Span] = deque()
+        # The one that requests go to now. Only this one may have some that were not pushed.
         self._connection: Connection | None = None
+        self._connections: tuple[Connection, ...] = ()
+        self._several = False
+        self._fence: Io | None = None  # a barrier over several rings; it is over once nothing is in flight
+        self._held = False
+        self._shut = False  # held or fenced: nothing goes out but by `pump`
         self.flush_op = FLUSH
-        self.held = False  # nothing new goes out, and time does not count: the domain is being suspended
         self.requests = dict.fromkeys(OP_NAMES, 0)
         self.errors = 0
         self.on_idle: Callable[[], None] | None = None
 
     @property
-    def connection(self) -> Connection | None:
-        return self._connection
+    def connections(self) -> tuple[Connection, ...]:
+        """One a ring; none while there is no back end."""
+        return self._connections
+
+    @property
+    def held(self) -> bool:
+        """Nothing new goes out, and time does not count: the domain is being suspended, or the disk ends."""
+        return self._held
+
+    @held.setter
+    def held(self, held: bool) -> None:
+        self._held = held
+        self._shut = held or self._fence is not None
 
     @property
     def inflight(self) -> int:
-        """Requests on the ring."""
-        return len(self._connection.shadow) if self._connection is not None else 0
+        """Requests on the rings."""
+        return sum([len(connection.shadow) for connection in self._connections])
 
     @property
     def waiting(self) -> int:
@@ -133,16 +160,27 @@ class Queue:
 
     # -- connections
 
-    def connect(self, connection: Connection) -> None:
-        """Requests go to this ring from now on, those of the last connection first."""
-        self._connection = connection
+    def connect(self, connections: Sequence[Connection]) -> None:
+        """Requests go to these rings from now on, those of the last connection first."""
+        self._connections = tuple(connections)
+        for n, connection in enumerate(connections):
+            connection.next = connections[n - 1]
+        self._connection = connections[0]
+        self._several = len(connections) > 1
         self.pump()
 
-    def disconnect(self) -> Connection | None:
-        """No more of this ring. What was in flight goes to the head of the queue, oldest first."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return None
+    def disconnect(self) -> tuple[Connection, ...]:
+        """No more of these rings. What was in flight goes to the head of the queue, a ring's oldest first."""
+        connections, self._connections = self._connections, ()
+        self._connection = self._fence = None
+        self._shut = self._held
+        for connection in reversed(connections):
+            self._take_back(connection)
+            connection.ring.release()
+            connection.pool.release()
+        return connections
+
+    def _take_back(self, connection: Connection) -> None:
         lost = list(connection.shadow.values())
         connection.shadow.clear()
         for request in reversed(lost):
@@ -159,15 +197,12 @@ class Queue:
                     io.fail(io.parts.error)
                 continue
             self._waiting.appendleft(Span(io, start, start + length))
-        connection.ring.release()
-        connection.pool.release()
-        return connection
 
     def _pending(self) -> list[Io]:
         """Every I/O that was not answered in full; some more than once."""
         pending = [span.io for span in self._waiting]
-        if self._connection is not None:
-            requests = self._connection.shadow.values()
+        for connection in self._connections:
+            requests = connection.shadow.values()
             pending += [found if isinstance(found, Io) else found.io for found in requests]
         return pending
 
@@ -197,7 +232,7 @@ class Queue:
         """One timer a disk, not one an I/O: fail what is over its time, a TICKSth of it late at most."""
         self._timer = None
         pending = self._pending()
-        if not self.held:
+        if not self._held:
             self._ticks += 1
             for io in pending:
                 if self._ticks - io.begun > TICKS and not io.over:
@@ -216,9 +251,9 @@ class Queue:
             self._timer = self.loop.call_later(self.timeout / TICKS, self._tick)
         connection = self._connection
         issued = 0
-        if connection is not None and connection.free_ids and not self._waiting and not self.held:
+        if connection is not None and connection.free_ids and not self._waiting and not self._shut:
             idle = not connection.shadow
-            if io.length == PAGE_SIZE and io.op < FLUSH and connection.pool.single.free:
+            if io.length == PAGE_SIZE and io.op < WRITE_BARRIER and connection.pool.single.free:
                 # What `_issue_data` comes to for one page, which most I/O is.
                 buffer = io.buffer = connection.pool.single.free.pop()
                 if io.op != READ:
@@ -235,7 +270,7 @@ class Queue:
             elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
                 issued = io.length
-            else:
+            elif io.op != WRITE_BARRIER or not self._several:
                 issued = self._issue_data(connection, io, 0, io.length)
             if self._push_scheduled:
                 pass
@@ -248,24 +283,44 @@ class Queue:
             if issued == io.length:
                 return
         self._waiting.append(Span(io, issued, io.length))
+        if self._several:
+            self.pump()  # another ring may have room
 
     def _push(self) -> None:
+        """What was put on this ring is the back end's; what comes next is for the next ring."""
         self._push_scheduled = False
         connection = self._connection
-        if connection is not None and connection.ring.push_requests():
-            connection.channel.notify()
+        if connection is not None:
+            if self._several and connection.ring.unpublished:
+                self._connection = connection.next
+            if connection.ring.push_requests():
+                connection.channel.notify()
 
     def pump(self) -> None:
-        """Send what waits, as far as slots and pages go, with one notification."""
-        connection = self._connection
-        if connection is None or self.held:
+        """Send what waits, as far as slots and pages go, with one notification a ring."""
+        if self._held:
             return
+        for _ in self._connections:
+            connection = self._connection
+            if connection is None:
+                break
+            self._fill(connection)
+            self._push()
+            if not self._waiting:
+                break
+            if self._connection is connection:
+                self._connection = connection.next  # this one is full, or has no pages now
+
+    def _fill(self, connection: Connection) -> None:
+        """Put what waits on one ring, as far as it goes."""
         waiting = self._waiting
         while waiting and connection.free_ids:
             span = waiting[0]
             io = span.io
             if io.over or (io.parts is not None and io.parts.error is not None):
                 waiting.popleft()
+            elif self._several and self._fenced(io):
+                break
             elif io.op >= FLUSH:
                 self._issue_plain(connection, io)
                 waiting.popleft()
@@ -277,6 +332,16 @@ class Queue:
                 if span.cursor >= span.end:
                     waiting.popleft()
         self._push()
+
+    def _fenced(self, io: Io) -> bool:
+        """Whether this one has to wait for a barrier, or is one and has to wait for all before it."""
+        if self._fence is io or (self._fence is None and io.op != WRITE_BARRIER):
+            return False
+        if self.inflight:
+            return True
+        self._fence = io if io.op == WRITE_BARRIER else None
+        self._shut = self._fence is not None
+        return False
 
     def _issue_plain(self, connection: Connection, io: Io) -> None:
         """A flush or a discard: no data."""
@@ -302,8 +367,8 @@ class Queue:
             segments = BLKIF_MAX_SEGMENTS_PER_REQUEST  # blkif.h: indirect_op is read or write
         found = connection.pool.bin_for(segments)
         if not found.free:
-            if found.count < found.limit and not self._growing:
-                self._growing = True
+            if found.count < found.limit and not connection.growing:
+                connection.growing = True
                 self._grow(connection, found)
             return 0
         if segments > found.pages:
@@ -363,20 +428,23 @@ class Queue:
             )
         ring.commit_request()
 
-    def grown(self, error: Exception | None) -> None:
-        """A growth of the pool is over. With an error there is not a single page: what waits fails."""
-        self._growing = False
+    def grown(self, connection: Connection, error: Exception | None) -> None:
+        """A growth of a pool is over. With an error it has not a page; if none has one, what waits fails."""
+        connection.growing = False
+        if connection not in self._connections:
+            return
         if error is not None:
-            self.fail(error)
+            connection.barren = True
+            if all(found.barren for found in self._connections):
+                self.fail(error)
         # Not now: an eager task may grow it before `submit` has said who waits.
         self.loop.call_soon(self.pump)
 
     # -- responses
 
-    def kick(self) -> None:
-        """The event channel's handler: every response there is, then what waits."""
-        connection = self._connection
-        if connection is None:
+    def kick(self, connection: Connection) -> None:
+        """What the event channel of a ring calls for: every response there is, then what waits."""
+        if connection not in self._connections:
             return
         rounds = 0
         try:
@@ -390,7 +458,7 @@ class Queue:
                     self.pump()
                 elif not self._push_scheduled:
                     self._push()
-                if connection is not self._connection:
+                if connection not in self._connections:
                     break
                 ring = connection.ring
                 # Nobody notifies us until the final check, so what comes while we look costs no wake-up.
@@ -398,12 +466,12 @@ class Queue:
                 if not more and not ring.final_check_for_responses():
                     break
                 if rounds >= ROUNDS:
-                    self.loop.call_soon(self.kick)
+                    self.loop.call_soon(self.kick, connection)
                     break
         except PeerError as error:
             self._on_broken(error)
             return
-        if not connection.shadow and self.on_idle is not None:
+        if self.on_idle is not None and not self.inflight:
             self.on_idle()
 
     def _take(self, connection: Connection) -> list[Io]:
