@@ -245,18 +245,17 @@ class LinuxHypervisor:
 
     def abandon(self) -> None:
         """This domain was restored: refs and ports are of a life that is over, and whatever has their numbers
-        now is another's. Nothing is asked of Xen any more; the memory stays until the process ends."""
+        now is another's. gntalloc and gntdev can bear to be closed then, evtchn can not (see PortTable)."""
         self._closed = True
         self._ports.abandon()
-        for pages in (*self._mapped, *self._granted):
-            pages.drop()
-        self._mapped.clear()
-        self._granted.clear()
-        self._mapped_pages = self._granted_pages = 0
+        self._let_go()
 
     async def close(self) -> None:
         self._closed = True
         self._ports.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         for pages in (*self._mapped, *self._granted):
             pages.drop()
         self._mapped.clear()

@@ -8,14 +8,19 @@ events costs one wake-up a run of the handler, and nothing is lost, as a disable
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from xenbus.errors import HypervisorError
 from xenbus.hypervisor import linux_abi as abi
 from xenbus.hypervisor.interface import PAGE_SIZE, Channel
+
+log = logging.getLogger(__name__)
 
 
 class LinuxChannel:
@@ -150,12 +155,15 @@ class PortTable:
         self._loop.call_exception_handler({"message": message, "exception": error})
 
     def abandon(self) -> None:
-        """No port is unbound: the numbers are another's by now. The device stays open for the same reason."""
+        """After a restore: no port is unbound, their numbers are others' by now. Nor is the device closed."""
         for channel in self._channels.values():
             channel.forget()
         self._channels.clear()
         if self._fd is not None:
             self._loop.remove_reader(self._fd)
+            _keep_open(self._fd)
+            os.close(self._fd)
+            self._fd = None
 
     def close(self) -> None:
         for channel in list(self._channels.values()):
@@ -164,6 +172,33 @@ class PortTable:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = None
+
+
+# Holds a descriptor, and does nothing else, until the system ends.
+_KEEPER = """import signal
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+while True:
+    signal.pause()
+"""
+_keepers: list[subprocess.Popen[bytes]] = []
+
+
+def _keep_open(fd: int) -> None:
+    """Linux 6.1, drivers/xen/evtchn.c: a release after a restore unbinds ports by their old numbers. If a
+    number is nobody's by now that is a BUG, which leaves the process unkillable, otherwise the new owner's port
+    is torn down. So the last close is put off for good, to a process that nobody misses."""
+    command = [sys.executable, "-I", "-S", "-c", _KEEPER]
+    null = subprocess.DEVNULL
+    try:
+        keeper = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=null, pass_fds=(fd,), cwd="/", start_new_session=True
+        )
+    except OSError as error:
+        log.warning("nobody holds the old %s: this process must not end (%s)", abi.EVTCHN, error)
+        os.dup(fd)  # never closed
+    else:
+        _keepers.append(keeper)
 
 
 # xen/common/event_channel.c, evtchn_bind_interdomain: ESRCH for a domain that is not there.
