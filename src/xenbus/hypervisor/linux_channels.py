@@ -185,9 +185,9 @@ _keepers: list[subprocess.Popen[bytes]] = []
 
 
 def _keep_open(fd: int) -> None:
-    """Linux 6.1, drivers/xen/evtchn.c: a release after a restore unbinds ports by their old numbers. If a
-    number is nobody's by now that is a BUG, which leaves the process unkillable, otherwise the new owner's port
-    is torn down. So the last close is put off for good, to a process that nobody misses."""
+    """Linux 6.1, drivers/xen/evtchn.c: a release after a restore unbinds ports by their old numbers. If such
+    a number is nobody's by now that is a BUG, which leaves the process unkillable, otherwise the new owner's
+    port is torn down. So the last close is put off for good, to a process that nobody misses."""
     command = [sys.executable, "-I", "-S", "-c", _KEEPER]
     null = subprocess.DEVNULL
     try:
