@@ -18,7 +18,7 @@ Sums = Mapping[int, str]
 
 # One line: the guest's shell evaluates each as it comes.
 _LOAD = (
-    "(rm -f /tmp/stop-{dev} /tmp/stopped-{dev} /tmp/log-{dev}; i=0; "
+    "rm -f /tmp/stop-{dev} /tmp/stopped-{dev}; : >/tmp/log-{dev}; (i=0; "
     "while [ ! -e /tmp/stop-{dev} ]; do slot=$(({first} + i % {count})); "
     "dd if=/dev/urandom of=/tmp/block-{dev} bs=64k count=1 2>/dev/null; "
     "dd if=/tmp/block-{dev} of=/dev/{dev} bs=64k seek=$slot conv=fsync,notrunc 2>/dev/null "
@@ -87,7 +87,8 @@ class LinuxFront:
 
 
 _START = """
-import hashlib, os
+import hashlib, logging, os
+logging.basicConfig(level="INFO", format="%(levelname)s %(name)s: %(message)s")
 from xenbus.bus import Side
 from xenbus.domain.native import Served, native_runtime
 from xenbus.drivers.block.blkif import vdev_number

@@ -25,7 +25,7 @@ from xenbus.bus.index import Index
 from xenbus.bus.ivars import child_sysctl
 from xenbus.bus.peer import refresh_own
 from xenbus.bus.state import Side, XenbusState, parse_state, strstate
-from xenbus.errors import LinkDown, NoEntry, PeerError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.newbus import Device, Leaf, NoMatch, choose
 from xenbus.newbus.runtime import Mailbox, sync_limit, wait_boot
@@ -127,6 +127,7 @@ class XenBus:
         self._observers: list[Callable[[XenbusDevice, str], None]] = []
         self._boot_timer: asyncio.TimerHandle | None = None
         self._quiet: asyncio.Event = asyncio.Event()
+        self._rooted = asyncio.Event()
         self._closed = False
         # Asked before the store's word is taken for the end of a device: whether this whole domain was
         # restored meanwhile, so that a resume is on its way. Linux tells its processes nothing of it.
@@ -254,6 +255,19 @@ class XenBus:
 
     # ---- events of the root ----
 
+    async def _watch_root(self) -> None:
+        """Returns after the first event, which counts as a touch of every device: one that is adopted before
+        it would be taken for another that was made in its place."""
+        self._rooted.clear()
+        self._watch = await self.store.watch(self.root, self._root_event)
+        try:
+            async with asyncio.timeout(self.settings.callback):
+                await self._rooted.wait()
+        except TimeoutError:
+            raise DeadlineError(
+                f"the first event of the watch on {self.root}", "the store", self.settings.callback
+            ) from None
+
     def _root_event(self, path: str) -> None:
         """seed: xenbusb_devices_changed. Synchronous, so that what a device knows of itself is never behind
         the store's answers (incarnation.py)."""
@@ -262,6 +276,7 @@ class XenBus:
             log.warning("%s: event at %r ignored", self.name, path)
             return
         self.serial += 1
+        self._rooted.set()
         node, below = self._index.split(path)
         if below:
             dev = self.devices.get(node)
@@ -591,7 +606,7 @@ class XenBus:
             self.store = store or self.store
             self.hv = hv or self.hv
             self._errors.forget_all()
-            self._watch = await self.store.watch(self.root, self._root_event)
+            await self._watch_root()
             results = await self._together(devs, life.resume)
             await self._together(others, life.drop)
         failures = self._failures(devs, results, "resume")
