@@ -21,6 +21,7 @@ from xenbus.xenstore.client import Client
 
 DEVICES_MAX = 1000  # of one bus; the nodes that a guest may have (xenstored, quota "nodes")
 NAMES_MAX = 1000  # children of one directory
+REFUSED_MAX = 3  # directories that are named as not to be read
 TOO_MANY = f"more than {DEVICES_MAX} devices: the others are not shown"
 TEXT_MAX = 200  # characters of one value
 
@@ -111,7 +112,7 @@ def sysctl(tree: dict[str, Any]) -> list[tuple[str, object]]:
 
 async def _bus(reader: _Reader, domid: int, side: Side) -> dict[str, Any]:
     name, desc, folder = _BUSES[side]
-    nodes = await reader.below(f"{domain_path(domid)}/{folder}", 2 if side is Side.FRONT else 3)
+    nodes, refused = await reader.below(f"{domain_path(domid)}/{folder}", 2 if side is Side.FRONT else 3)
     seen = await asyncio.gather(*(_see(reader, domid, side, node) for node in nodes[:DEVICES_MAX]))
     return {
         "nameunit": name,
@@ -119,7 +120,8 @@ async def _bus(reader: _Reader, domid: int, side: Side) -> dict[str, Any]:
         "desc": desc,
         "device_state": None,
         "side": side.value,
-        "notes": [TOO_MANY] if len(nodes) > DEVICES_MAX else [],
+        "notes": [f"{path} is not ours to read" for path in refused[:REFUSED_MAX]]
+        + ([TOO_MANY] if len(nodes) > DEVICES_MAX else []),
         "children": [_describe(each, f"xenstore0/{name}") for each in seen if each is not None],
     }
 
@@ -174,19 +176,25 @@ class _Reader:
         self._store = store
         self._domains: dict[int, asyncio.Task[str | None]] = {}
 
-    async def below(self, path: str, depth: int) -> list[str]:
-        """The nodes that many directories further down, sorted as numbers where they are some."""
-        found = [path]
+    async def below(self, path: str, depth: int) -> tuple[list[str], list[str]]:
+        """The nodes that many directories further down, numbers in their order, and the directories on the
+        way that the store would not list."""
+        found, refused = [path], []
         for _ in range(depth):
             lists = await asyncio.gather(*(self._names(each) for each in found[: DEVICES_MAX + 1]))
-            found = [f"{each}/{name}" for each, names in zip(found, lists, strict=False) for name in names]
-        return found
+            pairs = list(zip(found, lists, strict=False))
+            refused += [each for each, names in pairs if names is None]
+            found = [f"{each}/{name}" for each, names in pairs for name in names or ()]
+        return found, refused
 
-    async def _names(self, path: str) -> list[str]:
+    async def _names(self, path: str) -> list[str] | None:
+        """None if the store will not say."""
         try:
             names = await self._store.directory(path)
-        except StoreError:
+        except NoEntry:
             return []
+        except StoreError:
+            return None
         return sorted(names, key=_by_number)[:NAMES_MAX]
 
     async def half(self, side: Side, path: str) -> Half | None:
