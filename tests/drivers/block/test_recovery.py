@@ -28,6 +28,7 @@ from xenbus.xenstore.daemon import Daemon
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 SIZE = 4 << 20
 PAGE = 4096
+SHARE = 20  # pages of one caller: more than a request has segments
 S = XenbusState
 
 
@@ -43,6 +44,7 @@ class Rig:
         self.model = bytearray(self.image.read_bytes())
         self.done = 0
         self.working = False
+        self.barriers = False  # behind one that hangs, others have not even begun
         self.back: BackProcess | None = None
 
     async def start(self) -> None:
@@ -96,15 +98,24 @@ class Rig:
         return tuple([int(await self.tool.read(f"{node}/state")) for node in (paths.back, paths.front)])
 
     async def work(self, page: int, seed: int) -> None:
-        """One page of the disk is written and read, again and again, while `working`."""
+        """Pages of the disk are written and read, again and again, while `working`: requests of all kinds."""
         random_ = random.Random(seed)
+        disk, at = self.disk, page * PAGE
         while self.working:
-            data = random_.randbytes(PAGE)
-            await self.disk.write(page * PAGE, data)
-            self.model[page * PAGE : (page + 1) * PAGE] = data
+            length = random_.choice((1, 1, 3, SHARE)) * PAGE
+            data = random_.randbytes(length)
+            match random_.randrange(20):
+                case 0 if self.barriers:
+                    await disk.write_barrier(at, data)
+                case 1:
+                    await disk.discard(at, length)
+                    data = bytes(length)
+                case _:
+                    await disk.write(at, data)
+            self.model[at : at + length] = data
             if random_.random() < 0.1:
-                await self.disk.flush()
-            assert await self.disk.read(page * PAGE, PAGE) == data
+                await disk.flush()
+            assert await disk.read(at, length) == data
             self.done += 1
 
 
@@ -122,7 +133,7 @@ async def rig(tmp_path):
 async def load(r: Rig, workers: int = 24):
     """Callers that check what they read. They must not fail while the body runs."""
     r.working = True
-    tasks = [asyncio.create_task(r.work(page * 7, page)) for page in range(workers)]
+    tasks = [asyncio.create_task(r.work(page * SHARE, page)) for page in range(workers)]
     try:
         yield
         r.working = False
@@ -179,6 +190,7 @@ def test_killed_at_any_moment(tmp_path):
         await r.rise()
         await r.plug()
         chance = random.Random()
+        r.barriers = True
         async with load(r):
             for _ in range(8):
                 await progress(r, chance.randrange(60))
@@ -203,6 +215,25 @@ def test_handed_over_under_load(tmp_path):
                 assert len(list(r.journals.iterdir())) == 1
                 assert await r.states() == (S.CONNECTED, S.CONNECTED)
                 assert (await r.rise()).again == 0
+            await progress(r)
+        assert await r.disk.read(0, SIZE) == r.model
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_handed_over_behind_a_barrier(tmp_path):
+    """What was taken and waits for a barrier has not begun: it is the next process's."""
+
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        r.barriers = True
+        async with load(r):
+            for _ in range(3):
+                await progress(r)
+                assert await r.back.hand_over() == "released"
+                await r.rise()
             await progress(r)
         assert await r.disk.read(0, SIZE) == r.model
         await r.unplug()
