@@ -47,7 +47,7 @@ class BackBus(XenBus):
         await super().attach()
         if inherits and self.settings.journals is not None:
             try:
-                for path in journals.sweep(self.settings.journals, {*self.devices, *self._left}):
+                for path in journals.sweep(self.settings.journals, {*self.devices, *self.left}):
                     log.info("%s: %s removed: there is no such device any more", self.name, path)
             except JournalError as exc:
                 log.warning("%s: %s", self.name, exc)

@@ -18,14 +18,15 @@ from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import life
 from xenbus.bus.device import DeviceGone, XenbusDevice, is_within
+from xenbus.bus.discovery import Found, look_at
 from xenbus.bus.driver import DriverRegistry, XenbusDriver, drivers
 from xenbus.bus.error_nodes import ErrorNodes
 from xenbus.bus.incarnation import Verdict, look, read_links
 from xenbus.bus.index import Index
 from xenbus.bus.ivars import child_sysctl
 from xenbus.bus.peer import refresh_own
-from xenbus.bus.state import Side, XenbusState, parse_state, strstate
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, XenbusError
+from xenbus.bus.state import Side, XenbusState
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.newbus import Device, Leaf, NoMatch, choose
 from xenbus.newbus.runtime import Mailbox, sync_limit, wait_boot
@@ -61,19 +62,6 @@ class Settings:
     transactions: int = 4
     attempts: int = 20
     journals: Path | None = None
-
-
-@dataclass(slots=True, frozen=True)
-class _Found:
-    """What looking at a node gave, and the bus's event count from before."""
-
-    node: str
-    serial: int
-    verdict: Verdict | None = None  # of a device that we have
-    links: tuple[int, str] | None = None  # of a new one
-    state: XenbusState = XenbusState.INITIALISING  # of a new one
-    again: bool = False  # it could not be looked at
-    missing: bool = False
 
 
 class XenBus:
@@ -119,7 +107,7 @@ class XenBus:
         self._queue: dict[str, int] = {}
         self._retried: Counter[str] = Counter()
         self._inherits = inherits
-        self._left: set[str] = set()  # what may be a former process's, until it was looked at
+        self.left: set[str] = set()  # what may be a former process's, until it was looked at
         self._mailbox = Mailbox(self.name, self._handle)
         self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -316,12 +304,12 @@ class XenBus:
                 known += there
                 if self._inherits:  # the first look: what comes later was not left to us
                     self._inherits = False
-                    self._left.update(there)
+                    self.left.update(there)
             # B10: what is at or below a removed parent is looked at, each by itself.
             for node in known:
                 self._queue.setdefault(node, self.serial)
         try:
-            seen = await asyncio.gather(*(self._look(node) for node in nodes))
+            seen = await asyncio.gather(*(look_at(self, node) for node in nodes))
             if any(found.verdict in _ENDS for found in seen) and await self.is_restored():
                 return  # these nodes are another domain's; the resume looks at all of them
             for found in seen:
@@ -349,51 +337,7 @@ class XenBus:
                 log.info("%s: type %s: %s", self.name, device_type, exc)
         return nodes
 
-    async def _look(self, node: str) -> _Found:
-        dev = self.devices.get(node)
-        serial = self.serial
-        try:
-            if dev is None:
-                return await self._look_new(node, serial)
-            if dev.gone:
-                return _Found(node, serial)
-            async with dev.locked():
-                return _Found(node, serial, verdict=await look(dev, self.store.read))
-        except LinkDown as exc:
-            log.warning("%s: %s: %s", self.name, node, exc)
-            return _Found(node, serial)
-        except XenbusError as exc:
-            # B9: not a sign of anything. The device stays, and is looked at again.
-            self.counters["unreadable"] += 1
-            log.warning("%s: %s: %s", self.name, node, exc)
-            return _Found(node, serial, again=True)
-
-    async def _look_new(self, node: str, serial: int) -> _Found:
-        """seed: xenbusb_add_device up to the child's creation."""
-        try:
-            state = parse_state(await self.store.read(f"{node}/state"))
-        except NoEntry:
-            return _Found(node, serial, missing=not await self.store.exists(node))
-        except PeerError as exc:
-            self._ignored(node, str(exc))
-            return _Found(node, serial)
-        left = state is not XenbusState.INITIALISING
-        if left and not (node in self._left and await self.inheritable(node, state)):
-            self._ignored(node, f"state {strstate(state)}")
-            return _Found(node, serial)
-        try:
-            links = await read_links(node, self.otherend_keys, self.store.read)
-            return _Found(node, serial, links=links, state=state)
-        except (NoEntry, PeerError) as exc:
-            self.counters["no_otherend"] += 1
-            log.info("%s: %s: no otherend id (%s)", self.name, node, exc)
-            return _Found(node, serial)
-
-    def _ignored(self, node: str, why: str) -> None:
-        self.counters["ignored"] += 1
-        log.info("%s: device %s ignored: %s", self.name, node, why)
-
-    def _apply(self, found: _Found) -> None:
+    def _apply(self, found: Found) -> None:
         node, dev = found.node, self.devices.get(found.node)
         if found.again:
             self._again(node)
@@ -408,7 +352,7 @@ class XenBus:
             if node in self._errors:
                 self.task(self._errors.clear(node))
         elif dev is None and not self._touched_since(node, found.serial):
-            self._left.discard(node)
+            self.left.discard(node)
             if found.links is not None:
                 self._add(node, found.links, found.state, found.serial)
 
