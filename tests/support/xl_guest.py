@@ -88,12 +88,14 @@ class XlGuest:
 
 
 @asynccontextmanager
-async def xl_guest(store: Client, name: str, *, memory: int = 256, extra: str = "") -> AsyncIterator[XlGuest]:
-    """A PV guest of one CPU without devices, up when the body runs, destroyed after it."""
+async def xl_guest(
+    store: Client, name: str, *, memory: int = 256, vcpus: int = 1, extra: str = ""
+) -> AsyncIterator[XlGuest]:
+    """A PV guest without devices, up when the body runs, destroyed after it."""
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "guest.cfg"
         config.write_text(
-            f'type="pv"\nname="{name}"\nkernel="{KERNEL}"\nramdisk="{INITRD}"\nmemory={memory}\nvcpus=1\n'
+            f'type="pv"\nname="{name}"\nkernel="{KERNEL}"\nramdisk="{INITRD}"\nmemory={memory}\nvcpus={vcpus}\n'
             f'on_crash="destroy"\nextra="console=hvc0 loglevel=3 panic=1 {extra}"\n'
         )
         await xl("create", "-q", str(config))
