@@ -78,5 +78,8 @@ async def serving(run: Path, *options: str) -> AsyncIterator[Daemon]:
     await daemon.start()
     try:
         yield daemon
+    except BaseException:
+        print(daemon.log.read_text()[-20000:])  # pytest shows it with the failure
+        raise
     finally:
         assert await daemon.end() == 0, daemon.log.read_text()[-3000:]
