@@ -6,9 +6,10 @@ import pytest
 
 from xenbus.bus import Side, drivers
 from xenbus.domain.native import Served
-from xenbus.drivers.block.xbbd import Xbbd
+from xenbus.drivers.block.xbbd import OWN_TYPE, Xbbd
 from xenbus.drivers.block.xbd import Xbd
 from xenbus.errors import UsageError
+from xenbus.toolstack.xenhost import OWN_TYPES
 
 BOTH = frozenset({Side.FRONT, Side.BACK})
 
@@ -16,7 +17,7 @@ BOTH = frozenset({Side.FRONT, Side.BACK})
 def test_linux_s_types_are_left_alone_unless_they_are_claimed():
     drivers.load_entry_points()
     part = drivers.only(Served().accepts)
-    assert list(part.candidates(Side.BACK, "xbbd")) == [Xbbd]
+    assert list(part.candidates(Side.BACK, OWN_TYPE)) == [Xbbd] and OWN_TYPE in OWN_TYPES["vbd"]
     assert list(part.candidates(Side.BACK, "vbd")) == [] and "vbd" not in part.types(Side.BACK)
     part = drivers.only(Served(BOTH, frozenset({"vbd"})).accepts)
     assert list(part.candidates(Side.BACK, "vbd")) == [Xbbd]

@@ -15,7 +15,6 @@ from xenbus.bus.state import Side
 from xenbus.domain.host import DomainState
 from xenbus.domain.layout import CONTROL_DOMAIN, check_name
 from xenbus.domain.rpc import RpcClient
-from xenbus.drivers.block import xbbd
 from xenbus.errors import Denied, LinkDown, NoEntry, NotFound, UsageError, XenbusError
 from xenbus.newbus.sysctl import at_or_below
 from xenbus.toolstack.domains import DomainInfo
@@ -29,7 +28,8 @@ RUN_DIRECTORY = "/run/xenbus"
 # What says which store: ours, then libxenstore's own (transport.default_address).
 _STORE_VARIABLES = (STORE_VARIABLE, "XENSTORED_PATH", "XENSTORED_RUNDIR")
 # Where Linux's own driver has a kind of device, ours serves it under another type on the back bus.
-OWN_TYPES = {"vbd": (xbbd.OWN_TYPE,)}
+# (Not by import: `xenbus tree` has no use for drivers.)
+OWN_TYPES = {"vbd": ("xbbd",)}
 _SIGNS = ("/dev/xen/xenbus", "/proc/xen/capabilities")
 
 
