@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench xen-test xen-shell clean
+.PHONY: help demo test test-all check lint bench xen-test xen-test-all xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -46,8 +46,11 @@ bench: $(STAMP) ## benchmarks (BENCH="--quick block")
 xen-test: ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
 	$(PYTHON) tools/xen/lab.py test $(XEN)
 
+xen-test-all: ## the same with the whole table of features
+	$(PYTHON) tools/xen/lab.py all $(XEN)
+
 xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell
 
 clean: ## removes what the others made
-	rm -rf xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xen-results* $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
