@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench pyz xen-test xen-shell clean
+.PHONY: help demo test test-all check lint bench pyz xen-test xen-test-all xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -51,8 +51,11 @@ xenbus.pyz: $(STAMP) $(shell find src tools/pyz -type f -not -name '*.pyc')
 xen-test: xenbus.pyz ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
 	$(PYTHON) tools/xen/lab.py test $(XEN)
 
+xen-test-all: xenbus.pyz ## the same with the whole table of features
+	$(PYTHON) tools/xen/lab.py all $(XEN)
+
 xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell
 
 clean: ## removes what the others made
-	rm -rf xenbus.pyz xen-results $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xenbus.pyz xen-results* $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.support import evidence
 from tests.support.real_xen import dom0_ports
 from xenbus.domain.runtime import DomainRuntime
 from xenbus.hypervisor.interface import Held
@@ -32,6 +33,9 @@ async def dom0() -> AsyncIterator[DomainRuntime]:
     try:
         await runtime.start()
         yield runtime
+    except BaseException:
+        evidence.note()
+        raise
     finally:
         await runtime.stop()
         held = hv.held()

@@ -80,5 +80,10 @@ class SelfRig:
         return self.actors[domid].hv.held()
 
     async def close(self) -> None:
+        """Mappings first: pages that are revoked while they are mapped Linux frees ten a second
+        (gnttab_handle_deferred), and what is revoked later waits behind them."""
+        for actor in self.actors.values():
+            for mapping in list(actor.hv._mapped):
+                await actor.hv.unmap(mapping)
         for actor in self.actors.values():
             await actor.close()

@@ -49,7 +49,8 @@ class Daemon:
         process, self._process = self._process, None
         if process is None:
             return 0
-        process.send_signal(number)
+        if process.returncode is None:
+            process.send_signal(number)
         try:
             return await asyncio.wait_for(process.wait(), COMMAND)
         except TimeoutError:

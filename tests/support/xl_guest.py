@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.support import evidence
 from tests.support.guest_agent import MARK
 from tests.support.hypervisor_actor import pack, unpack
 from xenbus.xenstore.client import Client
@@ -218,6 +219,9 @@ async def _guest(guest, initrd, memory, vcpus, disks, extra, config) -> AsyncIte
         await guest.attach()
         await guest.run("true", BOOT_SECONDS)
         yield
+    except BaseException:
+        evidence.note(**{f"console-{guest.name}": guest.said})
+        raise
     finally:
         await guest.destroy()
 

@@ -13,3 +13,13 @@ collect_ignore_glob = [] if IN_DOM0 else ["test_*.py"]
 
 if IN_DOM0:
     pytest.register_assert_rewrite("tests.hypervisor.test_conformance", "tests.support")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test leaves a dump of the store in the results."""
+    outcome = yield
+    if IN_DOM0 and outcome.get_result().failed:
+        from tests.support import evidence  # not before its asserts are to be rewritten
+
+        evidence.note()

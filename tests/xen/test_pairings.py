@@ -25,15 +25,13 @@ SIZE = 8 * MIB
 
 @dataclass
 class Disk:
-    """file: what its bytes are in, in dom0; None where they die with the back end."""
+    """file: what its bytes are in, in dom0; None where they die with the back end
+    survives: whether the next process can go on with it after the back end was killed"""
 
     vdev: str
     target: str
     file: Path | None
-
-    @property
-    def shared(self) -> bool:
-        return self.file is not None
+    survives: bool = True
 
 
 async def same(front: Front, each: Disk) -> None:
@@ -70,27 +68,44 @@ async def life(front: Front, back: Back, disks: list[Disk], tmp_path: Path, stor
         await xl("block-attach", guest.name, disk(back.script, each.vdev, each.target))
         await front.appear(each.vdev)
         await same(front, each)
+    await saved(front, back, disks, tmp_path, store)
+    if back.restarts:
+        await killed(front, back, disks)
     for each in disks:
-        if each.shared:
-            await front.load(each.vdev)
-    lost = [each for each in disks if not each.shared]
-    for each in lost:
-        await xl("block-detach", guest.name, each.vdev)
-    kept = [each for each in disks if each.shared]
-    before = guest.domid
+        await same(front, each)
+
+
+async def saved(front: Front, back: Back, disks: list[Disk], tmp_path: Path, store: Client) -> None:
+    """Saved and restored under load; memory comes back empty, as a new disk."""
+    guest, before = front.guest, front.guest.domid
+    loaded = [each for each in disks if each.file is not None]
+    for each in loaded:
+        await front.load(each.vdev)
     await guest.save(tmp_path / "saved")
     assert not await store.exists(f"backend/vbd/{before}")
     await guest.restore(tmp_path / "saved")
-    for each in kept:
+    for each in loaded:
         await front.progress(each.vdev)
-    if back.restarts:
-        for _ in range(2):
-            await back.kill_and_start()
-            for each in kept:
-                await front.progress(each.vdev)
+        await checked(front, each)
+
+
+async def killed(front: Front, back: Back, disks: list[Disk]) -> None:
+    """Under load, more than once. A disk with which nobody can go on is closed, and can be plugged again."""
+    kept = [each for each in disks if each.survives]
+    for each in kept:
+        await front.load(each.vdev)
+    for _ in range(2):
+        await back.kill_and_start()
+        for each in kept:
+            await front.progress(each.vdev)
     for each in kept:
         await checked(front, each)
-        await same(front, each)
+    for each in disks:
+        if not each.survives:
+            await xl("block-detach", front.guest.name, each.vdev)
+            await front.vanish(each.vdev)
+            await xl("block-attach", front.guest.name, disk(back.script, each.vdev, each.target))
+            await front.appear(each.vdev)
 
 
 def pairing(test, tmp_path: Path, back: Back) -> None:
@@ -124,8 +139,8 @@ def test_blkfront_on_xbbd(tmp_path):
         disks = [
             Disk("xvda", str(files["file"]), files["file"]),
             Disk("xvdb", str(device), files["block"]),
-            Disk("xvdc", "memory:8M", None),
-            Disk("xvdd", server, files["nbd"]),
+            Disk("xvdc", "memory:8M", None, survives=False),
+            Disk("xvdd", server, files["nbd"], survives=False),
         ]
         lines = [disk(back.script, each.vdev, each.target) for each in disks]
         guest = await stack.enter_async_context(xl_guest(store, "linux", disks=lines))

@@ -5,30 +5,37 @@ Everything comes from Debian 12's archive by mmdebstrap; nothing is installed on
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
 import os
+import pwd
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import progress
 from cpio import Writer
 
 HERE = Path(__file__).parent
 NEEDS = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "dpkg-deb": "dpkg"}
+KEPT = 3  # images in the cache
+BUILD_SECONDS = 900
 
 PACKAGES = (
     "python3,python3-pytest,python3-pytest-timeout,python3-click,python3-rich,"
     "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static,mount,nbdkit"
 )
+# What a named image has in dom0 besides; each is an image of its own.
+VARIANTS: dict[str, str] = {"": ""}
 DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"
@@ -45,9 +52,10 @@ LEFT_OUT = re.compile(
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the cached files are."""
+    """Where the cached files are. `lock` is held open: nobody removes them while this process lives."""
 
     home: Path
+    lock: int
 
     @property
     def xen(self) -> Path:
@@ -67,42 +75,86 @@ def cache() -> Path:
     return Path(os.environ.get("XENBUS_CACHE") or home / "xenbus-xen")
 
 
-def missing() -> list[str]:
-    """Debian packages that this machine lacks."""
-    return [package for program, package in NEEDS.items() if shutil.which(program) is None]
+def missing() -> str:
+    """What this machine lacks, as commands; "" if nothing."""
+    root = os.geteuid() == 0
+    needs = NEEDS if root else NEEDS | {"newuidmap": "uidmap"}
+    packages = [package for program, package in needs.items() if shutil.which(program) is None]
+    if packages:
+        return f"apt-get install --no-install-recommends {' '.join(packages)}"
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    ranges = Path("/etc/subuid")
+    if root or (ranges.exists() and re.search(rf"^{re.escape(name)}:", ranges.read_text(), re.MULTILINE)):
+        return ""
+    return f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
 
 
-def parts() -> Parts:
-    """The parts for this recipe; built if it has changed since the last time."""
-    recipe = hashlib.sha256()
+def parts(variant: str = "") -> Parts:
+    """The parts for this recipe and variant; built if either has changed since the last time.
+
+    Several may ask at once: one builds, the others wait for it. The newest KEPT images stay.
+    """
+    recipe = hashlib.sha256(VARIANTS[variant].encode())
     for name in ("image.py", "cpio.py", "fetch.sh"):
         recipe.update((HERE / name).read_bytes())
     home = cache() / recipe.hexdigest()[:12]
-    if not home.exists():
-        with _making(home) as work:
-            _build(work)
-    return Parts(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with _locked(home.with_suffix(".lock")):
+            if not home.exists():
+                _make(home, VARIANTS[variant])
+            with suppress(OSError):  # somebody else's cache: then its owner says what is old
+                os.utime(home)
+        lock = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if home.exists() and home.stat().st_ino == os.fstat(lock).st_ino:
+            return Parts(home, lock)
+        os.close(lock)  # removed between the two locks
 
 
 @contextmanager
-def _making(home: Path) -> Iterator[Path]:
-    """A directory that becomes `home` when all of it is there; what older recipes made goes."""
-    home.parent.mkdir(parents=True, exist_ok=True)
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another process builds it: waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(home: Path, packages: str) -> None:
+    """`home`, when all of it is there; then what is too old and in nobody's use goes."""
     with tempfile.TemporaryDirectory(prefix="making-", dir=home.parent) as work:
         made = Path(work) / "made"
         made.mkdir()
-        yield made
-        for old in home.parent.glob("[0-9a-f]" * 12):
-            shutil.rmtree(old)
+        _build(made, packages)
         made.rename(home)
+    images = sorted(home.parent.glob("[0-9a-f]" * 12), key=lambda path: path.stat().st_mtime)
+    for old in images[:-KEPT]:
+        _remove(old)
 
 
-def _build(home: Path) -> None:
+def _remove(home: Path) -> None:
+    lock = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = home.with_name(f"making-{home.name}-{os.getpid()}")
+        home.rename(gone)
+        shutil.rmtree(gone)
+    except OSError:
+        pass  # in use, or not ours
+    finally:
+        os.close(lock)
+
+
+def _build(home: Path, packages: str) -> None:
     with tempfile.TemporaryDirectory(prefix="build-", dir=home) as name:
         work = Path(name)
         root = work / "root.tar"
         _say("dom0's root, by mmdebstrap")
-        _mmdebstrap(root, work)
+        _mmdebstrap(root, packages)
+        _packages(root, work)
         _say("hypervisor and kernel")
         (home / "xen").write_bytes(_xen(next(work.glob("xen-hypervisor-*.deb"))))
         kernel = Kernel(next(work.glob("linux-image-*.deb")))
@@ -115,11 +167,29 @@ def _build(home: Path) -> None:
             writer.file("guest/base.cpio", _guest(root, kernel))
 
 
-def _mmdebstrap(root: Path, work: Path) -> None:
-    fetch = f'sh "{HERE / "fetch.sh"}" "$1" "{work}"'
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"]
+def _mmdebstrap(root: Path, packages: str) -> None:
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES},{packages}".rstrip(",")]
+    fetch = (HERE / "fetch.sh").read_text().strip()
     command += [f"--customize-hook={fetch}", "bookworm", str(root)]
-    subprocess.run(command, check=True)
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            code = process.wait(BUILD_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGTERM)  # it removes what it made
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise SystemExit(f"mmdebstrap did not end within {BUILD_SECONDS} s") from None
+            raise
+    if code:
+        raise SystemExit(f"mmdebstrap failed: {code}")
+
+
+def _packages(root: Path, work: Path) -> None:
+    """Takes out the packages that fetch.sh put there."""
+    with tarfile.open(root) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.name.endswith(".deb") else None
+            if content is not None:
+                (work / Path(member.name).name).write_bytes(content.read())
 
 
 def _deb(path: Path, names: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
@@ -208,5 +278,4 @@ def _guest(root: Path, kernel: Kernel) -> bytes:
 
 
 def _say(what: str) -> None:
-    sys.stdout.write(f"building: {what}\n")
-    sys.stdout.flush()
+    progress.step(f"building: {what}")

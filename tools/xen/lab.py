@@ -1,6 +1,7 @@
 """A real Xen and dom0 under QEMU's software emulation, the working tree in it: `make xen-test`, `xen-shell`.
 
     python tools/xen/lab.py test [--seconds N] [--results DIR] [pytest's arguments]
+    python tools/xen/lab.py all  [the same]      the tests marked `features`, too
     python tools/xen/lab.py shell
     python tools/xen/lab.py build
 
@@ -12,7 +13,10 @@ dom0 did not come to its end.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import fcntl
 import io
+import os
 import shlex
 import shutil
 import signal
@@ -26,12 +30,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import image
+import progress
 from cpio import Writer
 
 ROOT = Path(__file__).parents[2]
 TREES = ("src", "tests", "bench", "tools")
 RESULTS_SIZE = 256 << 20  # of the disk by which dom0 hands out its results; sparse
 LOST = 70  # sysexits.h, EX_SOFTWARE
+SECONDS = {"test": 480, "all": 3000}  # that the tests may take in dom0
+END_SECONDS = 120  # for what comes before and after them
+PR_SET_PDEATHSIG = 1
 MACHINE = "-accel tcg,thread=multi -cpu qemu64,+svm -smp 2 -m 4096 -nic none -display none -no-reboot".split()
 XEN_LINE = "console=com1 com1=115200 dom0_mem=2560M,max:2560M cpuidle=0 gnttab_max_frames=256"
 DOM0_LINE = "console=hvc0 loglevel=4 panic=1"
@@ -64,12 +72,19 @@ def command(parts: image.Parts, initrd: Path, disk: Path, serial: str) -> list[s
     return [*line, "-drive", f"file={disk},if=virtio,format=raw,cache=unsafe"]
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run(parts: image.Parts, work: Path, log: Path, seconds: int) -> None:
     """Boots, shows what comes after dom0 is up, writes all of it to `log`. Ends it when its time is over."""
     line = command(parts, work / "dom0.img", work / "results.img", "stdio")
+    progress.step("dom0 boots")
     with (
         log.open("wb") as out,
-        subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu,
+        subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, preexec_fn=_die_with_parent
+        ) as qemu,
     ):
         assert qemu.stdout is not None
         timer = threading.Timer(seconds, qemu.kill)
@@ -80,14 +95,16 @@ def run(parts: image.Parts, work: Path, log: Path, seconds: int) -> None:
                 out.write(raw)
                 out.flush()
                 text = raw.decode(errors="replace").rstrip("\r\n")
-                shown = shown or text.startswith("== ")
+                if not shown and text.startswith("== "):
+                    shown = True
+                    progress.step("")
                 if shown and not text.startswith("(XEN)"):
                     sys.stdout.write(text + "\n")
                     sys.stdout.flush()
-        except KeyboardInterrupt:
-            qemu.send_signal(signal.SIGTERM)
         finally:
             timer.cancel()
+            qemu.kill()
+            progress.step("")
 
 
 def collect(disk: Path, results: Path) -> int:
@@ -101,25 +118,49 @@ def collect(disk: Path, results: Path) -> int:
 
 
 def table(junit: Path) -> str:
-    """One line a test, slowest last."""
+    """One line a test, the slowest and then those that failed last."""
     rows = []
     for case in ET.parse(junit).getroot().iter("testcase"):
         kinds = [kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None]
         name = f"{case.get('classname', '').removeprefix('tests.xen.')}::{case.get('name')}"
-        rows.append((float(case.get("time", 0)), (kinds or ["passed"])[0], name))
-    return "\n".join(f"{kind:8} {seconds:7.2f} s  {name}" for seconds, kind, name in sorted(rows))
+        kind = (kinds or ["passed"])[0]
+        rows.append((kind in ("failure", "error"), float(case.get("time", 0)), kind, name))
+    return "\n".join(
+        f"{progress.coloured(kind, f'{kind:8}')} {seconds:7.2f} s  {name}"
+        for _, seconds, kind, name in sorted(rows)
+    )
 
 
-def test(arguments: list[str], seconds: int, results: Path) -> int:
+def results_directory(wanted: Path) -> tuple[Path, int]:
+    """An empty one and a lock on it; while another run is at it this one gets the next."""
+    for number in range(1, 100):
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        for old in path.iterdir():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+        return path, lock
+    raise SystemExit(f"{wanted}: a hundred runs at once")
+
+
+def test(arguments: list[str], seconds: int, wanted: Path) -> int:
     began = time.monotonic()
+    results, _ = results_directory(wanted)
     parts = image.parts()
     built = time.monotonic()
-    shutil.rmtree(results, ignore_errors=True)
-    results.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="xenbus-xen-") as name:
         work = Path(name)
+        progress.step("dom0's image for this run")
         prepare(parts, work, "test", arguments, seconds)
-        run(parts, work, results / "console.log", seconds + 120)
+        run(parts, work, results / "console.log", seconds + END_SECONDS)
         code = collect(work / "results.img", results)
     ended = time.monotonic()
     if (results / "junit.xml").exists():
@@ -147,26 +188,44 @@ def shell() -> int:
         work = Path(name)
         prepare(parts, work, "shell", [], 0)
         line = command(parts, work / "dom0.img", work / "results.img", "mon:stdio")
-        return subprocess.run(line, check=False).returncode
+        return subprocess.run(line, check=False, preexec_fn=_die_with_parent).returncode
+
+
+def pytest_arguments(what: str, given: list[str]) -> list[str]:
+    """`test` leaves out what is marked `features`, unless files or a marker expression are named."""
+    named = [argument for argument in given if argument.startswith("tests/")]
+    chosen = given if named else ["tests/xen", *given]
+    return chosen if named or what == "all" or "-m" in given else [*chosen, "-m", "not features"]
+
+
+def _ended(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["test", "shell", "build"])
-    parser.add_argument("--seconds", type=int, default=480, help="how long the tests may take in dom0")
+    parser.add_argument("what", choices=["test", "all", "shell", "build"])
+    parser.add_argument("--seconds", type=int, help="how long the tests may take in dom0")
     parser.add_argument("--results", type=Path, default=ROOT / "xen-results")
     options, arguments = parser.parse_known_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _ended)  # so that what was begun is undone
     absent = image.missing()
     if absent:
-        sys.stderr.write(f"apt-get install --no-install-recommends {' '.join(absent)}\n")
+        sys.stderr.write(f"this needs, as root: {absent}\n")
         return 69  # EX_UNAVAILABLE
     if options.what == "build":
         image.parts()
+        progress.step("")
         return 0
     if options.what == "shell":
         return shell()
-    return test(arguments or ["tests/xen"], options.seconds, options.results)
+    seconds = options.seconds or SECONDS[options.what]
+    return test(pytest_arguments(options.what, arguments), seconds, options.results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
