@@ -221,7 +221,7 @@ def test_an_attach_that_fails_says_why_and_leaves_nothing(xenbus, words, code, t
     began = time.monotonic()
     got, out, err = xenbus("attach", "block", "--domain", "g", *words)
     assert (got, out) == (code, "") and text in err
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 25.0  # not by attach's own deadline
     assert xenbus("store", "ls", "-f")[1] == before
 
 
@@ -485,7 +485,7 @@ def test_up_ends_cleanly_by_either_signal_and_a_guest_ends_with_it():
             running = site(host, pids)
             began = time.monotonic()
             assert host.end(number) == 0
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 9.0  # nobody had to be killed
             assert not [pid for pid in running if alive(pid)]
             assert host.said == ""
             assert not [path for path in root.rglob("*") if path.is_socket()]
@@ -499,7 +499,7 @@ def test_up_can_be_ended_before_it_is_ready():
             time.sleep(0.001)
         began = time.monotonic()
         assert host.end() in (0, -signal.SIGTERM)
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 9.0
         assert "Traceback" not in host.said
         Up(root / "h").wait_ready().end()
 
