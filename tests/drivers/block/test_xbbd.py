@@ -6,6 +6,7 @@ import asyncio
 import random
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -18,6 +19,8 @@ from tests.support.vbd import RawFront, rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import Xbbd, blkif
 from xenbus.drivers.block.blkif import Op
+from xenbus.drivers.block.storage.schemes import file
+from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.errors import LinkDown
 from xenbus.xenstore.wire import Op as StoreOp
 
@@ -85,6 +88,96 @@ def test_single_sectors_and_scattered_segments(path, abi):
         assert path.read_bytes()[4096 + 3072 :] == data[4096 + 3072 :]
 
     with_raw_front(path, check, front=lying(abi=abi))
+
+
+class Persistent(RawFront):
+    """Keeps its grants, and uses them in any order, as xen-blkfront does."""
+
+    lies: ClassVar[dict[str, object]] = {"feature-persistent": 1}
+
+
+def test_kept_pages_in_any_order_are_read_and_written_at_once(path, monkeypatch):
+    """Nothing of it is left for a task, once the pages are mapped; each page's bytes are in its place."""
+    monkeypatch.setattr(file, "SLOW_WRITE", 60.0)  # however busy this machine is
+
+    async def check(r, front):
+        view, order = front.data.view, random.Random(3).sample(range(15), 11)
+        spawned = []
+        for turn in range(2):
+            for page in range(15):
+                view[page * 4096 : (page + 1) * 4096] = bytes([turn + 1, page]) * 2048
+            front.put(Op.WRITE, 1, 800, *map(front.word, order))
+            front.push()
+            await front.answered(4 * turn + 1)
+            written = b"".join(bytes([turn + 1, page]) * 2048 for page in order)
+            assert path.read_bytes()[800 * 512 :][: len(written)] == written
+            front.put(Op.READ, 2, 800, *map(front.word, reversed(order)))
+            front.push()
+            await front.answered(4 * turn + 2)
+            for page, other in zip(order, reversed(order), strict=True):
+                assert view[page * 4096 : (page + 1) * 4096] == bytes([turn + 1, other]) * 2048
+            words = [front.word(page) for page in order[:5]]
+            view[15 * 4096 : 15 * 4096 + 40] = struct.pack("<5Q", *words)
+            for op, ident in ((Op.READ, 3), (Op.WRITE, 4)):
+                refs = (front.data.refs[15], *(0,) * 7)
+                front.put_raw(front.abi.indirect.pack(Op.INDIRECT, op, 5, ident, 64 * ident, 0, *refs))
+                front.push()
+                await front.answered(4 * turn + ident)
+            assert path.read_bytes()[256 * 512 :][: 5 * 4096] == content()[192 * 512 :][: 5 * 4096]
+            if turn == 0:
+                r.back._queue._spawn = spawned.append
+        assert {status for _, _, status in front.answers} == {OKAY}
+        assert not spawned
+        assert r.back.sysctl()["persistent_grants"]() == 12
+        # A part of a page, and one that is not there, are not taken for whole pages that are.
+        front.put(Op.READ, 9, 0, front.word(1, 0, 8), front.word(0))
+        front.push()
+        assert (await front.answered(9))[8] == (9, Op.READ, ERROR)
+
+    with_raw_front(path, check, front=Persistent)
+
+
+def test_a_front_that_needs_more_pages_than_are_kept_is_served_all_the_same(path, monkeypatch):
+    monkeypatch.setattr(Xbbd, "max_persistent_grants", 6)
+
+    async def check(r, front):
+        view = front.data.view
+        for number in range(40):
+            pages = random.Random(number).sample(range(16), 4)
+            front.put(Op.READ, number, 8 * number, *map(front.word, pages))
+            front.push()
+            await front.answered(number + 1)
+            got = b"".join(view[page * 4096 : (page + 1) * 4096] for page in pages)
+            assert got == content()[number * 4096 :][: 4 * 4096]
+            assert r.back.sysctl()["persistent_grants"]() <= 6
+        assert {status for _, _, status in front.answers} == {OKAY}
+
+    with_raw_front(path, check, front=Persistent)
+
+
+def test_a_page_that_is_being_unmapped_is_found_no_more():
+    """Requests are served while the unmapping of a page waits for its turn."""
+    seen = []
+
+    async def map_(refs, writable):
+        return SimpleNamespace(refs=refs, view=memoryview(bytearray(4096 * len(refs))))
+
+    async def unmap(mapping):
+        seen.append([grants.whole_pages([blkif.segment_word(ref)]) for ref in mapping.refs])
+
+    grants = Grants(map_, unmap, 6)
+
+    async def main():
+        assert await grants.keep([1, 2, 3])
+        assert [len(page) for page in grants.whole_pages([blkif.segment_word(ref) for ref in (3, 1)])] == [
+            4096
+        ] * 2
+        assert await grants.keep([4, 5, 6, 7])
+        assert seen == [[None] * 3]
+        await grants.close()
+        assert seen == [[None] * 3, [None] * 4]
+
+    asyncio.run(main())
 
 
 BAD = {

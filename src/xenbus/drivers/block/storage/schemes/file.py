@@ -94,14 +94,17 @@ class FileStorage:
     # Writing
 
     async def writev(self, offset: int, buffers: Buffers) -> None:
-        length = total(buffers)
-        self._check("write", offset, length)
-        if length <= INLINE_WRITE_MAX and not self._flushing and len(buffers) <= IOV_MAX:
-            done = self._try_writev(offset, buffers)
-            if done == length:
-                return
+        if self.try_writev(offset, buffers):
+            return
         # From the start again, should a part be written: the same bytes to the same place.
         await self._workers.run(lambda: self._whole("write", os.pwritev, offset, buffers))
+
+    def try_writev(self, offset: int, buffers: Buffers) -> bool:
+        length = total(buffers)
+        self._check("write", offset, length)
+        if length > INLINE_WRITE_MAX or self._flushing or len(buffers) > IOV_MAX:
+            return False
+        return self._try_writev(offset, buffers) == length
 
     def _try_writev(self, offset: int, buffers: Buffers) -> int:
         """Bytes written inline. Where the filesystem has no RWF_NOWAIT for writes (ext4), a plain write
