@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench xen-test xen-shell clean
+.PHONY: help demo test test-all check lint bench xen-test xen-bench xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -45,6 +45,9 @@ bench: $(STAMP) ## benchmarks (BENCH="--quick block")
 # A real Xen under QEMU's software emulation; its parts are built once and kept, see tools/xen/README.md.
 xen-test: ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linux.py")
 	$(PYTHON) tools/xen/lab.py test $(XEN)
+
+xen-bench: ## speed there, beside Linux's and QEMU's back ends (XEN_BENCH="--quick")
+	$(PYTHON) tools/xen/lab.py bench $(XEN_BENCH)
 
 xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell

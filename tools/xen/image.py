@@ -29,6 +29,8 @@ PACKAGES = (
     "python3,python3-pytest,python3-pytest-timeout,python3-click,python3-rich,"
     "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static"
 )
+# Images with more in them, by name; what is there besides is the same.
+VARIANTS = {"": (), "bench": ("qemu-system-xen", "fio")}
 DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"
@@ -39,6 +41,7 @@ LEFT_OUT = re.compile(
     r"usr/share/(doc|man|locale|zoneinfo|perl|perl5|lintian|bash-completion|info)/"
     r"|usr/bin/perl|usr/lib/x86_64-linux-gnu/(perl|libperl|gconv/|libapt)|usr/lib/udev/hwdb"
     r"|var/(lib/apt|lib/dpkg|cache|log)/|usr/lib/xen-4.17/boot/"
+    r"|usr/share/(qemu|seabios|ipxe|icons|mime)/|usr/lib/ipxe/"
     r"|dev/.|proc/.|sys/.|boot/."
 )
 
@@ -72,15 +75,15 @@ def missing() -> list[str]:
     return [package for program, package in NEEDS.items() if shutil.which(program) is None]
 
 
-def parts() -> Parts:
-    """The parts for this recipe; built if it has changed since the last time."""
+def parts(variant: str = "") -> Parts:
+    """The parts for this recipe, or for one of VARIANTS; built if it has changed since the last time."""
     recipe = hashlib.sha256()
     for name in ("image.py", "cpio.py", "fetch.sh"):
         recipe.update((HERE / name).read_bytes())
-    home = cache() / recipe.hexdigest()[:12]
+    home = cache() / (recipe.hexdigest()[:12] + (f"-{variant}" if variant else ""))
     if not home.exists():
         with _making(home) as work:
-            _build(work)
+            _build(work, (*PACKAGES.split(","), *VARIANTS[variant]))
     return Parts(home)
 
 
@@ -92,17 +95,17 @@ def _making(home: Path) -> Iterator[Path]:
         made = Path(work) / "made"
         made.mkdir()
         yield made
-        for old in home.parent.glob("[0-9a-f]" * 12):
+        for old in home.parent.glob("[0-9a-f]" * 12 + home.name[12:]):
             shutil.rmtree(old)
         made.rename(home)
 
 
-def _build(home: Path) -> None:
+def _build(home: Path, packages: Iterable[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="build-", dir=home) as name:
         work = Path(name)
         root = work / "root.tar"
         _say("dom0's root, by mmdebstrap")
-        _mmdebstrap(root, work)
+        _mmdebstrap(root, work, packages)
         _say("hypervisor and kernel")
         (home / "xen").write_bytes(_xen(next(work.glob("xen-hypervisor-*.deb"))))
         kernel = Kernel(next(work.glob("linux-image-*.deb")))
@@ -115,9 +118,9 @@ def _build(home: Path) -> None:
             writer.file("guest/base.cpio", _guest(root, kernel))
 
 
-def _mmdebstrap(root: Path, work: Path) -> None:
+def _mmdebstrap(root: Path, work: Path, packages: Iterable[str]) -> None:
     fetch = f'sh "{HERE / "fetch.sh"}" "$1" "{work}"'
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"]
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
     command += [f"--customize-hook={fetch}", "bookworm", str(root)]
     subprocess.run(command, check=True)
 

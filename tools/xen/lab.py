@@ -1,6 +1,7 @@
-"""A real Xen and dom0 under QEMU's software emulation, the working tree in it: `make xen-test`, `xen-shell`.
+"""A real Xen and dom0 under QEMU's software emulation, the working tree in it: `make xen-test` and others.
 
     python tools/xen/lab.py test [--seconds N] [--results DIR] [pytest's arguments]
+    python tools/xen/lab.py bench [--seconds N] [--results DIR] [bench.xen's arguments]
     python tools/xen/lab.py shell
     python tools/xen/lab.py build
 
@@ -108,15 +109,16 @@ def table(junit: Path) -> str:
     return "\n".join(f"{kind:8} {seconds:7.2f} s  {name}" for seconds, kind, name in sorted(rows))
 
 
-def test(arguments: list[str], seconds: int, results: Path) -> int:
+def test(arguments: list[str], seconds: int, results: Path, mode: str = "test") -> int:
+    """Also benchmarks, with `mode` "bench" and the image of that name."""
     began = time.monotonic()
-    parts = image.parts()
+    parts = image.parts("bench" if mode == "bench" else "")
     built = time.monotonic()
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="xenbus-xen-") as name:
         work = Path(name)
-        prepare(parts, work, "test", arguments, seconds)
+        prepare(parts, work, mode, arguments, seconds)
         run(parts, work, results / "console.log", seconds + 120)
         code = collect(work / "results.img", results)
     ended = time.monotonic()
@@ -150,7 +152,7 @@ def shell() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["test", "shell", "build"])
+    parser.add_argument("what", choices=["test", "bench", "shell", "build"])
     parser.add_argument("--seconds", type=int, default=480, help="how long the tests may take in dom0")
     parser.add_argument("--results", type=Path, default=ROOT / "xen-results")
     options, arguments = parser.parse_known_args()
@@ -163,6 +165,8 @@ def main() -> int:
         return 0
     if options.what == "shell":
         return shell()
+    if options.what == "bench":
+        return test(arguments, options.seconds, options.results, "bench")
     return test(arguments or ["tests/xen"], options.seconds, options.results)
 
 
