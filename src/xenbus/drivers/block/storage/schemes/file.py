@@ -47,7 +47,7 @@ class FileStorage:
         self.readonly = readonly
         self.discards = not readonly and _fallocate.can_punch(fd)
         self._workers = Workers(THREADS, "xenbus-disk")
-        self._read_flags = 0 if _on_tmpfs(fd) else os.RWF_NOWAIT
+        self._flags = 0 if _on_tmpfs(fd) else os.RWF_NOWAIT
         self._nowait = True
         self._nowait_write = True
         self._inline_writes_from = 0.0  # on the monotonic clock
@@ -64,7 +64,7 @@ class FileStorage:
             return False
         try:
             # A part that is not cached, or an end of file that moved, comes back short: left to a thread.
-            return os.preadv(self._fd, buffers, offset, self._read_flags) == length
+            return os.preadv(self._fd, buffers, offset, self._flags) == length
         except BlockingIOError:
             return False
         except OSError as error:
@@ -79,7 +79,7 @@ class FileStorage:
         if not self._nowait or self._closing or offset < 0 or offset + length > self.size:
             return self.try_readv(offset, (buffer,))
         try:
-            return os.preadv(self._fd, (buffer,), offset, self._read_flags) == length
+            return os.preadv(self._fd, (buffer,), offset, self._flags) == length
         except OSError:
             return self.try_readv(offset, (buffer,))  # it knows what each error means
 
@@ -112,7 +112,7 @@ class FileStorage:
         """
         if self._nowait_write:
             try:
-                return os.pwritev(self._fd, buffers, offset, os.RWF_NOWAIT)
+                return os.pwritev(self._fd, buffers, offset, self._flags)
             except BlockingIOError:
                 return 0
             except OSError as error:
@@ -242,7 +242,7 @@ def _size_of(fd: int, path: str) -> int:
 
 
 def _on_tmpfs(fd: int) -> bool:
-    """tmpfs refuses RWF_NOWAIT, but its pages are memory: a plain read of it is as good."""
+    """tmpfs refuses RWF_NOWAIT, but its pages are memory: a plain read or write of it is as good."""
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
