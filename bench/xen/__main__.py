@@ -1,72 +1,67 @@
-"""`python -m bench.xen [--quick] [--rounds N] [--only WORD] ...`, in the lab's dom0; see docs/bench.md.
+"""`python -m bench.xen [--quick] [--rounds N] [--only WORD] [--backends A,B]`, in the lab's dom0.
 
 One guest has three disks at the same time, over one file: each load runs on each of them in turn, the order
-turned by one each round; what counts is the median of the rounds.
+turned by one each round; what counts is the median of the rounds. See docs/bench.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from statistics import median
 
 from tests.support.xl_guest import INITRD, XlGuest, xl_guest
 
-from bench.xen.backends import BACKENDS, Served, plugged
+from bench.xen.backends import BACKENDS, DEFAULT, Served, plugged
 from bench.xen.loads import MIB, Load, loads
+from bench.xen.report import Figure, Row, as_json, as_table
 from xenbus.xenstore.client import Client
 
 STORE = "/dev/xen/xenbus"
 IMAGE = Path("/tmp/disk.img")
 LOAD_SECONDS = 120.0
 
-Figures = dict[str, dict[str, list[float]]]  # load -> back end -> a figure a round
 
-
-async def measure(options: argparse.Namespace, rows: list[Load]) -> Figures:
+async def measure(options: argparse.Namespace, wanted: Sequence[Load]) -> list[Row]:
     # All of its pages are there before anything is timed.
     await asyncio.to_thread(IMAGE.write_bytes, bytes(range(256)) * (options.size * MIB >> 8))
     add_fio(Path(INITRD))
     store = await Client.connect(STORE)
-    figures: Figures = {row.name: {name: [] for name in options.backends} for row in rows}
+    rows = [Row(load.name, load.unit, load.aim) for load in wanted]
     served: dict[str, Served] = {}
     async with AsyncExitStack() as stack:
         guest = await stack.enter_async_context(xl_guest(store, "bench", memory=384))
-        print(f"{guest.name} is up after {time.monotonic():.0f} s", flush=True)
+        say(f"{guest.name} is up")
         for name in options.backends:
             kind, vdev, serve = BACKENDS[name]
-            words = options.words if name == "xbbd" else []
-            one = await stack.enter_async_context(serve(guest.domid, IMAGE, options.results, *words))
-            served[name] = one
-            await stack.enter_async_context(plugged(store, guest.domid, kind, vdev, one.nodes))
+            served[name] = await stack.enter_async_context(serve(guest.domid, IMAGE, options.results))
+            await stack.enter_async_context(plugged(store, guest.domid, kind, vdev, served[name].nodes))
             await guest.run(f"until [ -b /dev/{vdev} ]; do sleep 0.1; done", 30.0)
-            print(f"{name} serves {vdev} after {time.monotonic():.0f} s", flush=True)
+            say(f"{name} serves {vdev}")
         for number in range(options.rounds):
             names = [options.backends[(number + n) % len(served)] for n in range(len(served))]
-            for row in rows:
+            for load, row in zip(wanted, rows, strict=True):
                 for name in names:
-                    figures[row.name][name].append(await measured(guest, row, name, served[name]))
+                    row.add(name, await measured(guest, load, name, served[name]))
         (options.results / "bench-guest.log").write_text(guest.said)
     await store.close()
-    return figures
+    return rows
 
 
-async def measured(guest: XlGuest, row: Load, name: str, served: Served) -> float:
+async def measured(guest: XlGuest, load: Load, name: str, served: Served) -> Figure:
     user, system = served.cpu()
     began = time.monotonic()
-    said = await guest.run(row.command.format(dev=f"/dev/{BACKENDS[name][1]}"), LOAD_SECONDS)
-    value, seconds = row.read(said), time.monotonic() - began
-    user, system = served.cpu()[0] - user, served.cpu()[1] - system
-    cpu = f"; the process ran {user:.1f} + {system:.1f} s (user, system)" if served.pid else ""
-    print(f"{row.name}: {name} {value:.1f} {row.unit} in {seconds:.1f} s{cpu}", flush=True)
-    return value
+    said = await guest.run(load.command.format(dev=f"/dev/{BACKENDS[name][1]}"), LOAD_SECONDS)
+    seconds, then = time.monotonic() - began, served.cpu()
+    figure = Figure(load.read(said), seconds, then[0] - user, then[1] - system)
+    cpu = f", its process ran {figure.user:.1f} + {figure.system:.1f} s (user, system)" if served.pid else ""
+    say(f"{load.name}: {name} {figure.value:.1f} {load.unit} in {seconds:.1f} s{cpu}")
+    return figure
 
 
 def add_fio(initrd: Path) -> None:
@@ -82,35 +77,8 @@ def add_fio(initrd: Path) -> None:
         subprocess.run(command, input=names.encode(), stdout=out, stderr=subprocess.PIPE, cwd="/", check=True)
 
 
-def table(figures: Figures, rows: list[Load]) -> list[dict[str, object]]:
-    lines = []
-    for row in rows:
-        middle = {name: median(values) for name, values in figures[row.name].items() if values}
-        line: dict[str, object] = {"load": row.name, "unit": row.unit, "rounds": figures[row.name], **middle}
-        for peer in ("qemu", "blkback"):
-            if peer in middle and "xbbd" in middle:
-                line[f"xbbd/{peer}"] = round(middle["xbbd"] / middle[peer], 3)
-        if "xbbd/qemu" in line:
-            line["aim"] = row.aim
-        lines.append(line)
-    return lines
-
-
-def show(lines: list[dict[str, object]], names: list[str]) -> None:
-    ratios = [f"xbbd/{name}" for name in names if name != "xbbd"]
-    header = ["load", "unit", *names, *ratios, "aim"]
-    cells = [header]
-    for line in lines:
-        values = [f"{line[name]:.1f}" for name in names]
-        cells.append(
-            [str(line["load"]), str(line["unit"]), *values, *(f"{line[r]:.2f}" for r in ratios if r in line)]
-        )
-        if "aim" in line:
-            met = "met" if line["xbbd/qemu"] >= line["aim"] else "missed"  # type: ignore[operator]
-            cells[-1].append(f">= {line['aim']} of qemu: {met}")
-    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(header))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
+def say(text: str) -> None:
+    print(f"{time.monotonic():6.1f} {text}", flush=True)
 
 
 def main() -> int:
@@ -119,20 +87,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one short round: to see that it runs")
     parser.add_argument("--only", default="", metavar="WORD", help="loads with this in their names")
-    parser.add_argument("--backends", default="xbbd,blkback,qemu", type=lambda text: text.split(","))
-    parser.add_argument("--profile", metavar="FILE", help="cProfile's figures of xbbd's process")
-    parser.add_argument("--polling", action="store_true", help="xbbd by the polling event loop")
+    parser.add_argument("--backends", default=list(DEFAULT), type=lambda text: text.split(","), metavar="A,B")
     options = parser.parse_args()
-    options.words = ["--polling"] * options.polling
-    options.words += ["--profile", options.profile] if options.profile else []
     options.rounds = 1 if options.quick else options.rounds
-    options.size = 16 if options.quick else 256
-    rows = [row for row in loads(options.size, 2 if options.quick else 5) if options.only in row.name]
-    figures = asyncio.run(measure(options, rows))
-    lines = table(figures, rows)
-    data = {"kernel": platform.release(), "python": platform.python_version(), "rounds": options.rounds}
-    (options.results / "bench.json").write_text(json.dumps({**data, "rows": lines}, indent=2) + "\n")
-    show(lines, options.backends)
+    options.size = 16 if options.quick else 256  # MiB
+    wanted = [load for load in loads(options.size, 2 if options.quick else 5) if options.only in load.name]
+    rows = asyncio.run(measure(options, wanted))
+    (options.results / "bench.json").write_text(as_json(rows, options.rounds))
+    print(as_table(rows, options.backends))
     return 0
 
 

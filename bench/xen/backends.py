@@ -18,7 +18,6 @@ from xenbus.toolstack.devices import DeviceSpec, detach_device, wait_connected, 
 from xenbus.toolstack.paths import DevicePaths, domain_path
 from xenbus.xenstore.client import Client
 
-OURS_KIND = "xbbd"  # where xen-blkback is loaded it claims every `vbd`
 DEADLINE = 60.0  # seconds, under emulation
 QEMU = "/usr/libexec/xen-qemu-system-i386"
 
@@ -48,6 +47,9 @@ class Served:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         ticks = os.sysconf("SC_CLK_TCK")
         return int(fields[11]) / ticks, int(fields[12]) / ticks
+
+
+Serve = Callable[[int, Path, Path], AbstractAsyncContextManager[Served]]
 
 
 @asynccontextmanager
@@ -81,11 +83,16 @@ async def run(*command: str) -> str:
     return out.decode()
 
 
-@asynccontextmanager
-async def xbbd(_domid: int, image: Path, results: Path, *options: str) -> AsyncIterator[Served]:
-    command = [sys.executable, "-m", "bench.xen.serve", *options]
-    async with process(*command, log=results / "xbbd.log", ready="ready") as pid:
-        yield Served({"params": str(image), "type": "xenbus"}, pid)
+def xbbd(name: str, *options: str) -> Serve:
+    """Ours, in a process and under a type of its own."""
+
+    @asynccontextmanager
+    async def serve(_domid: int, image: Path, results: Path) -> AsyncIterator[Served]:
+        command = [sys.executable, "-m", "bench.xen.serve", name, *options]
+        async with process(*command, log=results / f"{name}.log", ready="ready") as pid:
+            yield Served({"params": str(image), "type": "xenbus"}, pid)
+
+    return serve
 
 
 @asynccontextmanager
@@ -111,13 +118,16 @@ async def qemu(domid: int, image: Path, results: Path) -> AsyncIterator[Served]:
         yield Served(nodes, pid)
 
 
-Serve = Callable[[int, Path, Path], AbstractAsyncContextManager[Served]]
-# name -> (type below backend/, the guest's name of the disk, what serves it)
+# name -> (type below backend/, the guest's name of the disk, what serves it). Where xen-blkback is loaded it
+# claims every `vbd`, so that ours are of other types. The last two are for comparing us with ourselves.
 BACKENDS: dict[str, tuple[str, str, Serve]] = {
-    "xbbd": (OURS_KIND, "xvda", xbbd),
+    "xbbd": ("xbbd", "xvda", xbbd("xbbd")),
     "blkback": ("vbd", "xvdb", blkback),
     "qemu": ("qdisk", "xvdc", qemu),
+    "polling": ("polling", "xvdd", xbbd("polling", "--polling")),
+    "once": ("once", "xvde", xbbd("once", "--no-persistent")),
 }
+DEFAULT = ("xbbd", "blkback", "qemu")
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
-"""dom0's back bus with our disk back end on it, until SIGTERM: `python -m bench.xen.serve [--profile FILE]`.
+"""dom0's back bus with our disk back end on it, until SIGTERM: `python -m bench.xen.serve TYPE`.
 
-Under a backend type of its own, so that xen-blkback can be loaded beside it.
+TYPE is the backend type it serves, so that xen-blkback and others of ours can run beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import cProfile
 import signal
 
-from bench.xen.backends import OURS_KIND
 from xenbus.bus.driver import back_driver, drivers
 from xenbus.domain.runtime import DomainRuntime
 from xenbus.drivers.block.xbbd import Xbbd
@@ -21,9 +20,9 @@ from xenbus.xenstore.client import Client
 STORE = "/dev/xen/xenbus"
 
 
-async def serve() -> None:
+async def serve(kind: str) -> None:
     drivers.remove(Xbbd)
-    back_driver(OURS_KIND)(Xbbd)
+    back_driver(kind)(Xbbd)
     hv = LinuxHypervisor(0)
     runtime = DomainRuntime("Domain-0", hv, lambda: Client.connect(STORE))
     over = asyncio.Event()
@@ -37,14 +36,18 @@ async def serve() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.xen.serve", description=__doc__)
+    parser.add_argument("kind", metavar="TYPE")
     parser.add_argument("--profile", metavar="FILE", help="write cProfile's figures there")
     parser.add_argument("--polling", action="store_true", help="by the polling event loop")
+    parser.add_argument("--no-persistent", action="store_true", help="each page is granted and mapped anew")
     options = parser.parse_args()
+    if options.no_persistent:
+        Xbbd.max_persistent_grants = 0
     profile = cProfile.Profile() if options.profile else None
     if profile is not None:
         profile.enable()
     with asyncio.Runner(loop_factory=polling_loop if options.polling else None) as runner:
-        runner.run(serve())
+        runner.run(serve(options.kind))
     if profile is not None:
         profile.disable()
         profile.dump_stats(options.profile)
