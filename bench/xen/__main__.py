@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--backends", default=list(DEFAULT), type=lambda text: text.split(","), metavar="A,B")
     options = parser.parse_args()
     options.rounds = 1 if options.quick else options.rounds
-    options.size = 16 if options.quick else 256  # MiB
+    options.size = 16 if options.quick else 128  # MiB
     wanted = [load for load in loads(options.size, 2 if options.quick else 5) if options.only in load.name]
     rows = asyncio.run(measure(options, wanted))
     (options.results / "bench.json").write_text(as_json(rows, options.rounds))

@@ -22,6 +22,8 @@ from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage.schemes import file
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.errors import LinkDown
+from xenbus.hypervisor.embedded import EmbeddedHypervisor
+from xenbus.hypervisor.interface import CopyOp
 from xenbus.xenstore.wire import Op as StoreOp
 
 MIB = 1 << 20
@@ -57,6 +59,25 @@ def path(tmp_path):
     return tmp_path / "disk.img"
 
 
+@pytest.fixture(params=["mapped", "copied"])
+def pages(request, monkeypatch):
+    """How a front's pages are reached: copied where the hypervisor has that, as the real one does."""
+    if request.param == "copied":
+        monkeypatch.setattr(EmbeddedHypervisor, "copy_run", copy_run, raising=False)
+    return request.param
+
+
+def copy_run(hv, domid, pieces, region, *, to_remote):
+    """PageCopier.copy_run over the embedded hypervisor's own copies."""
+    done, at = [], 0
+    for ref, offset, length in pieces:
+        op = CopyOp(domid, ref, offset, length, region.view[at : at + length], to_remote)
+        done.append(hv._copy(op))
+        at += length
+    return not any(done)
+
+
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("abi", [blkif.X86_64, blkif.X86_32], ids=lambda abi: abi.name)
 def test_single_sectors_and_scattered_segments(path, abi):
     async def check(r, front):
@@ -155,6 +176,43 @@ def test_a_front_that_needs_more_pages_than_are_kept_is_served_all_the_same(path
     with_raw_front(path, check, front=Persistent)
 
 
+def test_no_page_is_mapped_where_pages_can_be_copied(path, pages, monkeypatch):
+    """What cannot be done at once is mapped all the same: so a write that has to wait for the disk."""
+
+    async def check(r, front):
+        mapped = []
+
+        async def map_(hv, domid, refs, **options):
+            mapped.append(len(refs))
+            return await real_map(hv, domid, refs, **options)
+
+        real_map = EmbeddedHypervisor.map
+        monkeypatch.setattr(EmbeddedHypervisor, "map", map_)
+        front.data.view[: 2 * 4096] = b"1" * 4096 + b"2" * 4096
+        front.put(Op.WRITE, 1, 80, front.word(1), front.word(0))
+        front.push()
+        await front.answered(1)
+        front.put(Op.READ, 2, 0, front.word(3), front.word(2, 0, 0))
+        front.push()
+        await front.answered(2)
+        assert path.read_bytes()[80 * 512 :][:8192] == b"2" * 4096 + b"1" * 4096
+        assert front.data.view[3 * 4096 : 4 * 4096] == content()[:4096]
+        assert front.data.view[2 * 4096 : 2 * 4096 + 512] == content()[4096:4608]
+        assert mapped == ([] if pages == "copied" else [2, 2])
+        monkeypatch.setattr(file.FileStorage, "try_writev", lambda *_: False)
+        mapped.clear()
+        for ident in (3, 4):
+            front.put(Op.WRITE, ident, 96, front.word(1))
+            front.push()
+            await front.answered(ident)
+        assert path.read_bytes()[96 * 512 :][:4096] == b"2" * 4096
+        assert mapped == [1, 1]
+        assert {status for _, _, status in front.answers} == {OKAY}
+
+    monkeypatch.setattr(file, "SLOW_WRITE", 60.0)
+    with_raw_front(path, check)
+
+
 def test_a_page_that_is_being_unmapped_is_found_no_more():
     """Requests are served while the unmapping of a page waits for its turn."""
     seen = []
@@ -232,6 +290,7 @@ def marked(cases):
     return [pytest.param(case, marks=pytest.mark.slow) if case in TWINS else case for case in cases]
 
 
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("what", marked(BAD))
 def test_a_bad_request_is_answered_and_the_others_go_on(path, what):
     put, words = BAD[what]
@@ -296,6 +355,7 @@ def test_4096_byte_sectors_are_kept_whole(path):
     with_raw_front(path, check, sector_size_wanted="4096")
 
 
+@pytest.mark.usefixtures("pages")
 def test_indirect_by_hand(path):
     """One page of descriptors, segments out of order and in parts."""
 
@@ -336,6 +396,7 @@ def test_a_disk_that_shrank_under_us(path):
     with_raw_front(path, check)
 
 
+@pytest.mark.usefixtures("pages")
 def test_pages_granted_read_only_can_be_written_from(path):
     """A front without persistent grants grants what it wants written for reading only."""
 

@@ -14,6 +14,7 @@ from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
+from xenbus.drivers.block.xbbd_copy import copies_for
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import MAX_INDIRECT_SEGMENTS, READ, WRITE, BackQueue
 from xenbus.drivers.block.xbbd_transfer import Counters
@@ -252,7 +253,9 @@ class Xbbd(XenbusDriver):
         dev, abi = self.dev, front.abi
         self._mapping = await dev.map_ring(front.refs)
         ring = BackRing(self._mapping.view, abi.request_size)
-        self._grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
+        kept = self.max_persistent_grants if front.persistent else 0
+        copies = None if kept else copies_for(dev.hv.gntdev, dev.otherend_id)
+        self._grants = Grants(dev.map_ring, dev.unmap, kept, copies)
         self._queue = BackQueue(
             ring,
             abi,

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
-from xenbus.drivers.block.blkif import PAGE_SIZE, SECTOR_SHIFT, SEGMENT_WORD_MASK, WHOLE_PAGE, segment_word
+from xenbus.drivers.block.blkif import (
+    PAGE_SIZE,
+    SECTOR_SHIFT,
+    SECTORS_PER_PAGE,
+    SEGMENT_WORD_MASK,
+    WHOLE_PAGE,
+    segment_word,
+)
+from xenbus.drivers.block.xbbd_copy import Copies
 from xenbus.errors import HypervisorError
 from xenbus.hypervisor.interface import Mapping
 
@@ -59,12 +67,14 @@ class Grants:
     """The pages of one connection.
 
     map, unmap: the device's own. limit: pages that stay mapped; 0 when the front has no persistent grants
+    copies:     for what is not kept mapped, where there is such a thing; closed with this
     """
 
-    def __init__(self, map_: Map, unmap: Unmap, limit: int) -> None:
+    def __init__(self, map_: Map, unmap: Unmap, limit: int, copies: Copies | None = None) -> None:
         self._map = map_
         self._unmap = unmap
         self.limit = limit
+        self.copies = copies
         self.pages = 0
         self._runs: OrderedDict[Run, None] = OrderedDict()
         self._where: dict[int, tuple[Run, int]] = {}
@@ -113,6 +123,10 @@ class Grants:
             return list(map(self.whole.__getitem__, words))
         except KeyError:
             return None
+
+    def copied(self, words: Sequence[int]) -> memoryview | None:
+        """These whole pages in a row, by `copies`; None if that cannot be. For use at once."""
+        return self.copies.fetch(words, len(words) * SECTORS_PER_PAGE) if self.copies is not None else None
 
     def missing(self, grefs: Sequence[int]) -> list[int]:
         """Those of them that are not kept mapped, each once, in order."""
@@ -240,3 +254,5 @@ class Grants:
             await self._drop(run)
         for run in list(self._temporary):
             await self.done(run)
+        if self.copies is not None:
+            self.copies.close()

@@ -232,6 +232,8 @@ class BackQueue:
         asked = [blkif.segment_word(gref) for gref in transfer.descriptors]
         pages = [self._grants.whole.get(word) or self._grants.exact((word,)) for word in asked]
         if None in pages:
+            pages = [self._grants.copied(asked)]
+        if None in pages:
             if op == WRITE:
                 self._enter_write(transfer)
             self._deferred.append(transfer)
@@ -307,6 +309,8 @@ class BackQueue:
             return move(offset, pages)
         if transfer.whole and (view := self._grants.exact(words)) is not None:
             return storage.try_read_into(offset, view) if transfer.op == READ else move(offset, (view,))
+        if (copies := self._grants.copies) is not None:
+            return copies.move(storage, transfer.op == READ, offset, words, transfer.total)
         if self._grants.missing(grefs_of(words)):
             return False
         views, _ = self._grants.views(words)
