@@ -27,12 +27,11 @@ IMAGE = Path("/tmp/disk.img")
 LOAD_SECONDS = 120.0
 
 
-async def measure(options: argparse.Namespace, wanted: Sequence[Load]) -> list[Row]:
+async def measure(options: argparse.Namespace, wanted: Sequence[Load], rows: Sequence[Row]) -> None:
     # All of its pages are there before anything is timed.
     await asyncio.to_thread(IMAGE.write_bytes, bytes(range(256)) * (options.size * MIB >> 8))
     add_fio(Path(INITRD))
     store = await Client.connect(STORE)
-    rows = [Row(load.name, load.unit, load.aim) for load in wanted]
     served: dict[str, Served] = {}
     async with AsyncExitStack() as stack:
         guest = await stack.enter_async_context(xl_guest(store, "bench", memory=384))
@@ -50,7 +49,6 @@ async def measure(options: argparse.Namespace, wanted: Sequence[Load]) -> list[R
                     row.add(name, await measured(guest, load, name, served[name]))
         (options.results / "bench-guest.log").write_text(guest.said)
     await store.close()
-    return rows
 
 
 async def measured(guest: XlGuest, load: Load, name: str, served: Served) -> Figure:
@@ -92,9 +90,12 @@ def main() -> int:
     options.rounds = 1 if options.quick else options.rounds
     options.size = 16 if options.quick else 128  # MiB
     wanted = [load for load in loads(options.size, 2 if options.quick else 5) if options.only in load.name]
-    rows = asyncio.run(measure(options, wanted))
-    (options.results / "bench.json").write_text(as_json(rows, options.rounds))
-    print(as_table(rows, options.backends))
+    rows = [Row(load.name, load.unit, load.aim) for load in wanted]
+    try:
+        asyncio.run(measure(options, wanted, rows))
+    finally:  # also what a run that was too slow came to
+        (options.results / "bench.json").write_text(as_json(rows, options.rounds))
+        print(as_table(rows, options.backends))
     return 0
 
 

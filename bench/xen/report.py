@@ -64,6 +64,8 @@ def as_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     peers = [name for name in names if name != OURS and OURS in names]
     lines = [("load", "unit", *names, *(f"{OURS}/{name}" for name in peers), "aim")]
     for row in rows:
+        if not set(names) <= set(row.figures):
+            continue
         medians = [f"{row.median(name):.1f}" for name in names]
         ratios = [f"{row.ratio(name):.2f}" for name in peers]
         lines.append((row.load, row.unit, *medians, *ratios, row.verdict()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shlex
 import shutil
 import signal
@@ -166,6 +167,10 @@ def main() -> int:
     if options.what == "shell":
         return shell()
     if options.what == "bench":
+        if os.getloadavg()[0] > 0.5:
+            sys.stdout.write(
+                f"this machine is busy, load {os.getloadavg()[0]:.1f}: the figures will say little\n"
+            )
         return test(arguments, options.seconds, options.results, "bench")
     return test(arguments or ["tests/xen"], options.seconds, options.results)
 
