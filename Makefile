@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench pyz xen-test xen-test-all xen-shell clean
+.PHONY: help demo test test-all check lint bench pyz xen-test xen-test-all xen-bench xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -53,6 +53,9 @@ xen-test: xenbus.pyz ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linu
 
 xen-test-all: xenbus.pyz ## the same with the whole table of features
 	$(PYTHON) tools/xen/lab.py all $(XEN)
+
+xen-bench: ## speed there, beside Linux's and QEMU's back ends (XEN_BENCH="--quick")
+	$(PYTHON) tools/xen/lab.py bench $(XEN_BENCH)
 
 xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell

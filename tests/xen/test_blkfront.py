@@ -14,6 +14,8 @@ import pytest
 from tests.support.dom0 import MIB, dom0, plugged, random_file, sha256
 from tests.support.xl_guest import XlGuest, xl_guest
 from xenbus.domain.runtime import DomainRuntime
+from xenbus.drivers.block import Xbbd, xbbd
+from xenbus.hypervisor.linux import LinuxHypervisor
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -43,6 +45,40 @@ def test_reads_and_writes_arrive(tmp_path):
                     there = file.read_bytes()[2 * MIB : 6 * MIB]
                     assert hashlib.sha256(there).hexdigest() == new
                 expected = sha256(file)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["copied", "mapped"])
+def test_without_persistent_grants(tmp_path, monkeypatch, how):
+    """Each request's pages are granted for it alone: copied, or mapped and unmapped; none stays mapped."""
+    monkeypatch.setattr(Xbbd, "max_persistent_grants", 0)
+    if how == "mapped":
+        monkeypatch.setattr(xbbd, "copies_for", lambda *_: None)
+
+    async def main():
+        file = tmp_path / "disk.img"
+        expected = random_file(file, 8 * MIB)
+        async with (
+            dom0() as runtime,
+            xl_guest(runtime.store, "changeable") as guest,
+            disk(runtime, guest, file) as dev,
+        ):
+            mapped = runtime.hv.held().mapped_pages  # the ring
+            real, most = LinuxHypervisor.map, []
+
+            async def map_(hv, *arguments, **options):
+                most.append(arguments)
+                return await real(hv, *arguments, **options)
+
+            monkeypatch.setattr(LinuxHypervisor, "map", map_)
+            assert (await guest.run(f"sha256sum {dev}")).split()[0] == expected
+            await guest.run("dd if=/dev/urandom of=/tmp/new bs=64k count=64 2>/dev/null")
+            await guest.run(f"dd if=/tmp/new of={dev} bs=64k seek=32 conv=fsync 2>/dev/null")
+            new = (await guest.run("sha256sum /tmp/new")).split()[0]
+            assert hashlib.sha256(file.read_bytes()[2 * MIB : 6 * MIB]).hexdigest() == new
+            assert runtime.hv.held().mapped_pages == mapped
+            assert bool(most) == (how == "mapped")
 
     asyncio.run(main())
 

@@ -15,6 +15,7 @@ from tests.support.real_xen import dom0_ports
 from xenbus.errors import HypervisorError, LinkDown, UsageError
 from xenbus.hypervisor.interface import CopyOp, GNTST_bad_copy_arg, GNTST_bad_gntref, GNTST_okay
 from xenbus.hypervisor.linux import LinuxHypervisor
+from xenbus.hypervisor.memory import Region
 
 DEADLINE = 40
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,33 @@ def test_copy_in_batches():
         assert status[:3] == [GNTST_bad_copy_arg, GNTST_bad_gntref, GNTST_bad_gntref]
         assert status[3] < 0 and status[4] < 0 and status[5] == GNTST_okay
         assert back.held().mapped_pages == 0
+
+    with_handles(test)
+
+
+def test_copies_of_a_run_at_once():
+    """Parts of many pages, both ways, in one call; one bad piece is told of."""
+
+    async def test(front, back):
+        pages = await front.alloc(0, 40)
+        region = Region(1 << 20, shared=False)
+        pieces = [(ref, 512 * (n % 4), 2048 - 512 * (n % 3)) for n, ref in enumerate(pages.refs)]
+        total = sum(length for _, _, length in pieces)
+        data = os.urandom(total)
+        region.view[:total] = data
+        assert back.copy_run(0, pieces, region, to_remote=True)
+        at = 0
+        for n, (_, offset, length) in enumerate(pieces):
+            start = n * 4096 + offset
+            assert pages.view[start : start + length] == data[at : at + length]
+            at += length
+        region.view[:total] = bytes(total)
+        assert back.copy_run(0, pieces, region, to_remote=False)
+        assert region.view[:total] == data
+        bad = [*pieces[:20], (999_999, 0, 512), *pieces[20:]]
+        assert not back.copy_run(0, bad, region, to_remote=False)
+        assert back.held().mapped_pages == 0
+        region.close()
 
     with_handles(test)
 

@@ -35,7 +35,7 @@ PACKAGES = (
     "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static,mount,nbdkit"
 )
 # What a named image has in dom0 besides; each is an image of its own.
-VARIANTS: dict[str, str] = {"": ""}
+VARIANTS: dict[str, str] = {"": "", "bench": "qemu-system-xen,fio"}
 DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"
@@ -46,6 +46,7 @@ LEFT_OUT = re.compile(
     r"usr/share/(doc|man|locale|zoneinfo|perl|perl5|lintian|bash-completion|info)/"
     r"|usr/bin/perl|usr/lib/x86_64-linux-gnu/(perl|libperl|gconv/|libapt)|usr/lib/udev/hwdb"
     r"|var/(lib/apt|lib/dpkg|cache|log)/|usr/lib/xen-4.17/boot/"
+    r"|usr/share/(qemu|seabios|ipxe|icons|mime)/|usr/lib/ipxe/"
     r"|dev/.|proc/.|sys/.|boot/."
 )
 

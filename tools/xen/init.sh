@@ -33,7 +33,11 @@ if [ "$MODE" = shell ]; then
   export TERM=linux
   busybox setsid busybox cttyhack bash
 else
-  timeout -s INT -k 20 "$SECONDS_MOST" python3 -u -m pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml "$@"
+  case "$MODE" in
+    bench) set -- bench.xen --results /results "$@" ;;
+    *) set -- pytest -vv -p no:cacheprovider --junitxml=/results/junit.xml "$@" ;;
+  esac
+  timeout -s INT -k 20 "$SECONDS_MOST" python3 -u -m "$@"
   echo $? >/results/exit
   pidof xenstored >/dev/null || echo "== xenstored has died"
   timeout -k 1 20 xenstore-ls -f -p >/results/store.txt 2>&1

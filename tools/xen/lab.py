@@ -1,7 +1,8 @@
-"""A real Xen and dom0 under QEMU's software emulation, the working tree in it: `make xen-test`, `xen-shell`.
+"""A real Xen and dom0 under QEMU's software emulation, the working tree in it: `make xen-test` and others.
 
     python tools/xen/lab.py test [--seconds N] [--results DIR] [pytest's arguments]
     python tools/xen/lab.py all  [the same]      the tests marked `features`, too
+    python tools/xen/lab.py bench [--seconds N] [--results DIR] [bench.xen's arguments]
     python tools/xen/lab.py shell
     python tools/xen/lab.py build
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 TREES = ("src", "tests", "bench", "tools")
 RESULTS_SIZE = 256 << 20  # of the disk by which dom0 hands out its results; sparse
 LOST = 70  # sysexits.h, EX_SOFTWARE
-SECONDS = {"test": 480, "all": 3000}  # that the tests may take in dom0
+SECONDS = {"test": 480, "all": 3000, "bench": 900}  # that the tests may take in dom0
 END_SECONDS = 120  # for what comes before and after them
 PR_SET_PDEATHSIG = 1
 MACHINE = "-accel tcg,thread=multi -cpu qemu64,+svm -smp 2 -m 4096 -nic none -display none -no-reboot".split()
@@ -151,15 +152,16 @@ def results_directory(wanted: Path) -> tuple[Path, int]:
     raise SystemExit(f"{wanted}: a hundred runs at once")
 
 
-def test(arguments: list[str], seconds: int, wanted: Path) -> int:
+def test(arguments: list[str], seconds: int, wanted: Path, mode: str = "test") -> int:
+    """Also benchmarks, with `mode` "bench" and the image of that name."""
     began = time.monotonic()
     results, _ = results_directory(wanted)
-    parts = image.parts()
+    parts = image.parts("bench" if mode == "bench" else "")
     built = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="xenbus-xen-") as name:
         work = Path(name)
         progress.step("dom0's image for this run")
-        prepare(parts, work, "test", arguments, seconds)
+        prepare(parts, work, mode, arguments, seconds)
         run(parts, work, results / "console.log", seconds + END_SECONDS)
         code = collect(work / "results.img", results)
     ended = time.monotonic()
@@ -204,7 +206,7 @@ def _ended(number: int, _: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["test", "all", "shell", "build"])
+    parser.add_argument("what", choices=["test", "all", "bench", "shell", "build"])
     parser.add_argument("--seconds", type=int, help="how long the tests may take in dom0")
     parser.add_argument("--results", type=Path, default=ROOT / "xen-results")
     options, arguments = parser.parse_known_args()
@@ -221,6 +223,12 @@ def main() -> int:
     if options.what == "shell":
         return shell()
     seconds = options.seconds or SECONDS[options.what]
+    if options.what == "bench":
+        if os.getloadavg()[0] > 0.5:
+            sys.stdout.write(
+                f"this machine is busy, load {os.getloadavg()[0]:.1f}: the figures will say little\n"
+            )
+        return test(arguments, seconds, options.results, "bench")
     return test(pytest_arguments(options.what, arguments), seconds, options.results)
 
 

@@ -52,7 +52,6 @@ def command(
     from xenbus.domain.native import Served
     from xenbus.domain.process import set_up_logging
     from xenbus.errors import XenbusError
-    from xenbus.hypervisor.polling import polling_loop
     from xenbus.toolstack.serving import Serving, serve
 
     set_up_logging("DEBUG" if verbose else None)
@@ -63,8 +62,8 @@ def command(
         click.echo("ready")
         sys.stdout.flush()
 
-    with asyncio.Runner(loop_factory=polling_loop) as runner:
-        reason = runner.run(serve(serving, ready))
+    # Not the polling loop of an embedded host's domains: beside busy guests it was slower (docs/bench.md).
+    reason = asyncio.run(serve(serving, ready))
     if reason == "lost":
         raise XenbusError("the store is lost: every device was given up")
 

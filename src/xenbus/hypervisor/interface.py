@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from xenbus.hypervisor.memory import Region
 
 PAGE_SIZE = 4096
 # xen/include/public/xen.h: ids from here up are not domains.
@@ -113,6 +116,18 @@ class GrantMap(Protocol):
 
     async def copy(self, ops: Sequence[CopyOp]) -> list[int]:
         """A status (GNTST_*) per segment; one that fails does not stop the others."""
+        ...
+
+
+@runtime_checkable
+class PageCopier(Protocol):
+    """What a GrantMap may have besides: copies at once, and cheaper than a mapping that is used once."""
+
+    def copy_run(
+        self, domid: int, pieces: Sequence[tuple[int, int, int]], region: Region, *, to_remote: bool
+    ) -> bool:
+        """Pieces of granted pages, (ref, offset, length) each and within its page, to or from the beginning
+        of `region`, one after the other. False: not all of it was copied."""
         ...
 
 

@@ -42,6 +42,9 @@ IOCTL_GNTDEV_GRANT_COPY: Final = _ioc("G", 8, GRANT_COPY.size)
 # then length, flags, status.
 COPY_LOCAL: Final = struct.Struct("=Q")
 COPY_FOREIGN: Final = struct.Struct("=IHH")  # ref, offset, domid
+# The same in one: from a foreign page to an address, and from an address to a foreign page.
+COPY_IN: Final = struct.Struct("=IHHQHHh2x")
+COPY_OUT: Final = struct.Struct("=QIHHHHh2x")
 COPY_TAIL: Final = struct.Struct("=HHh2x")
 COPY_DEST: Final = 8
 COPY_END: Final = 16

@@ -231,6 +231,9 @@ class _Gated:
     def __getattr__(self, name):
         return getattr(self._storage, name)
 
+    def try_writev(self, offset, buffers):
+        return False
+
     async def writev(self, offset, buffers):
         await self.gate.wait()
         self.order.append(offset // 4096)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -18,7 +19,11 @@ from tests.support.vbd import RawFront, rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import Xbbd, blkif
 from xenbus.drivers.block.blkif import Op
+from xenbus.drivers.block.storage.schemes import file
+from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.errors import LinkDown
+from xenbus.hypervisor.embedded import EmbeddedHypervisor
+from xenbus.hypervisor.interface import CopyOp
 from xenbus.xenstore.wire import Op as StoreOp
 
 MIB = 1 << 20
@@ -54,6 +59,25 @@ def path(tmp_path):
     return tmp_path / "disk.img"
 
 
+@pytest.fixture(params=["mapped", "copied"])
+def pages(request, monkeypatch):
+    """How a front's pages are reached: copied where the hypervisor has that, as the real one does."""
+    if request.param == "copied":
+        monkeypatch.setattr(EmbeddedHypervisor, "copy_run", copy_run, raising=False)
+    return request.param
+
+
+def copy_run(hv, domid, pieces, region, *, to_remote):
+    """PageCopier.copy_run over the embedded hypervisor's own copies."""
+    done, at = [], 0
+    for ref, offset, length in pieces:
+        op = CopyOp(domid, ref, offset, length, region.view[at : at + length], to_remote)
+        done.append(hv._copy(op))
+        at += length
+    return not any(done)
+
+
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("abi", [blkif.X86_64, blkif.X86_32], ids=lambda abi: abi.name)
 def test_single_sectors_and_scattered_segments(path, abi):
     async def check(r, front):
@@ -85,6 +109,133 @@ def test_single_sectors_and_scattered_segments(path, abi):
         assert path.read_bytes()[4096 + 3072 :] == data[4096 + 3072 :]
 
     with_raw_front(path, check, front=lying(abi=abi))
+
+
+class Persistent(RawFront):
+    """Keeps its grants, and uses them in any order, as xen-blkfront does."""
+
+    lies: ClassVar[dict[str, object]] = {"feature-persistent": 1}
+
+
+def test_kept_pages_in_any_order_are_read_and_written_at_once(path, monkeypatch):
+    """Nothing of it is left for a task, once the pages are mapped; each page's bytes are in its place."""
+    monkeypatch.setattr(file, "SLOW_WRITE", 60.0)  # however busy this machine is
+
+    async def check(r, front):
+        view, order = front.data.view, random.Random(3).sample(range(15), 11)
+        spawned = []
+        for turn in range(2):
+            for page in range(15):
+                view[page * 4096 : (page + 1) * 4096] = bytes([turn + 1, page]) * 2048
+            front.put(Op.WRITE, 1, 800, *map(front.word, order))
+            front.push()
+            await front.answered(4 * turn + 1)
+            written = b"".join(bytes([turn + 1, page]) * 2048 for page in order)
+            assert path.read_bytes()[800 * 512 :][: len(written)] == written
+            front.put(Op.READ, 2, 800, *map(front.word, reversed(order)))
+            front.push()
+            await front.answered(4 * turn + 2)
+            for page, other in zip(order, reversed(order), strict=True):
+                assert view[page * 4096 : (page + 1) * 4096] == bytes([turn + 1, other]) * 2048
+            words = [front.word(page) for page in order[:5]]
+            view[15 * 4096 : 15 * 4096 + 40] = struct.pack("<5Q", *words)
+            for op, ident in ((Op.READ, 3), (Op.WRITE, 4)):
+                refs = (front.data.refs[15], *(0,) * 7)
+                front.put_raw(front.abi.indirect.pack(Op.INDIRECT, op, 5, ident, 64 * ident, 0, *refs))
+                front.push()
+                await front.answered(4 * turn + ident)
+            assert path.read_bytes()[256 * 512 :][: 5 * 4096] == content()[192 * 512 :][: 5 * 4096]
+            if turn == 0:
+                r.back._links[0].queue._spawn = spawned.append
+        assert {status for _, _, status in front.answers} == {OKAY}
+        assert not spawned
+        assert r.back.sysctl()["persistent_grants"]() == 12
+        # A part of a page, and one that is not there, are not taken for whole pages that are.
+        front.put(Op.READ, 9, 0, front.word(1, 0, 8), front.word(0))
+        front.push()
+        assert (await front.answered(9))[8] == (9, Op.READ, ERROR)
+
+    with_raw_front(path, check, front=Persistent)
+
+
+def test_a_front_that_needs_more_pages_than_are_kept_is_served_all_the_same(path, monkeypatch):
+    monkeypatch.setattr(Xbbd, "max_persistent_grants", 6)
+
+    async def check(r, front):
+        view = front.data.view
+        for number in range(40):
+            pages = random.Random(number).sample(range(16), 4)
+            front.put(Op.READ, number, 8 * number, *map(front.word, pages))
+            front.push()
+            await front.answered(number + 1)
+            got = b"".join(view[page * 4096 : (page + 1) * 4096] for page in pages)
+            assert got == content()[number * 4096 :][: 4 * 4096]
+            assert r.back.sysctl()["persistent_grants"]() <= 6
+        assert {status for _, _, status in front.answers} == {OKAY}
+
+    with_raw_front(path, check, front=Persistent)
+
+
+def test_no_page_is_mapped_where_pages_can_be_copied(path, pages, monkeypatch):
+    """What cannot be done at once is mapped all the same: so a write that has to wait for the disk."""
+
+    async def check(r, front):
+        mapped = []
+
+        async def map_(hv, domid, refs, **options):
+            mapped.append(len(refs))
+            return await real_map(hv, domid, refs, **options)
+
+        real_map = EmbeddedHypervisor.map
+        monkeypatch.setattr(EmbeddedHypervisor, "map", map_)
+        front.data.view[: 2 * 4096] = b"1" * 4096 + b"2" * 4096
+        front.put(Op.WRITE, 1, 80, front.word(1), front.word(0))
+        front.push()
+        await front.answered(1)
+        front.put(Op.READ, 2, 0, front.word(3), front.word(2, 0, 0))
+        front.push()
+        await front.answered(2)
+        assert path.read_bytes()[80 * 512 :][:8192] == b"2" * 4096 + b"1" * 4096
+        assert front.data.view[3 * 4096 : 4 * 4096] == content()[:4096]
+        assert front.data.view[2 * 4096 : 2 * 4096 + 512] == content()[4096:4608]
+        assert mapped == ([] if pages == "copied" else [2, 2])
+        monkeypatch.setattr(file.FileStorage, "try_writev", lambda *_: False)
+        mapped.clear()
+        for ident in (3, 4):
+            front.put(Op.WRITE, ident, 96, front.word(1))
+            front.push()
+            await front.answered(ident)
+        assert path.read_bytes()[96 * 512 :][:4096] == b"2" * 4096
+        assert mapped == [1, 1]
+        assert {status for _, _, status in front.answers} == {OKAY}
+
+    monkeypatch.setattr(file, "SLOW_WRITE", 60.0)
+    with_raw_front(path, check)
+
+
+def test_a_page_that_is_being_unmapped_is_found_no_more():
+    """Requests are served while the unmapping of a page waits for its turn."""
+    seen = []
+
+    async def map_(refs, writable):
+        return SimpleNamespace(refs=refs, view=memoryview(bytearray(4096 * len(refs))))
+
+    async def unmap(mapping):
+        seen.append([grants.whole_pages([blkif.segment_word(ref)]) for ref in mapping.refs])
+
+    grants = Grants(map_, unmap, 6)
+
+    async def main():
+        assert await grants.keep([1, 2, 3])
+        assert [len(page) for page in grants.whole_pages([blkif.segment_word(ref) for ref in (3, 1)])] == [
+            4096
+        ] * 2
+        assert await grants.keep([4, 5, 6, 7])
+        assert seen == [[None] * 3]
+        await grants.close()
+        assert seen == [[None] * 3, [None] * 4]
+
+    asyncio.run(main())
 
 
 BAD = {
@@ -139,6 +290,7 @@ def marked(cases):
     return [pytest.param(case, marks=pytest.mark.slow) if case in TWINS else case for case in cases]
 
 
+@pytest.mark.usefixtures("pages")
 @pytest.mark.parametrize("what", marked(BAD))
 def test_a_bad_request_is_answered_and_the_others_go_on(path, what):
     put, words = BAD[what]
@@ -203,6 +355,7 @@ def test_4096_byte_sectors_are_kept_whole(path):
     with_raw_front(path, check, sector_size_wanted="4096")
 
 
+@pytest.mark.usefixtures("pages")
 def test_indirect_by_hand(path):
     """One page of descriptors, segments out of order and in parts."""
 
@@ -243,6 +396,7 @@ def test_a_disk_that_shrank_under_us(path):
     with_raw_front(path, check)
 
 
+@pytest.mark.usefixtures("pages")
 def test_pages_granted_read_only_can_be_written_from(path):
     """A front without persistent grants grants what it wants written for reading only."""
 

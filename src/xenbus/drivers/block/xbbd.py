@@ -15,6 +15,7 @@ from xenbus.bus.journals import JournalBusy, identity
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op, number
 from xenbus.drivers.block.storage import Storage, open_storage
+from xenbus.drivers.block.xbbd_copy import copies_for
 from xenbus.drivers.block.xbbd_front import HEAD, Parameters, Shape
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import READ, WRITE, BackQueue
@@ -303,7 +304,9 @@ class Xbbd(XenbusDriver):
     async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
         dev, options = self.dev, self._options
         # One for all queues, so that what a guest can have mapped is bounded by device (Linux: by queue).
-        grants = Grants(dev.map_ring, dev.unmap, options.max_persistent_grants if front.persistent else 0)
+        kept = options.max_persistent_grants if front.persistent else 0
+        copies = None if kept else copies_for(dev.hv.gntdev, dev.otherend_id)
+        grants = Grants(dev.map_ring, dev.unmap, kept, copies)
         self._grants = grants
 
         def serve(ring: BackRing) -> BackQueue:

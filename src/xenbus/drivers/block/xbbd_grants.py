@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
-from xenbus.drivers.block.blkif import PAGE_SIZE, SECTOR_SHIFT, SEGMENT_WORD_MASK, WHOLE_PAGE
+from xenbus.drivers.block.blkif import (
+    PAGE_SIZE,
+    SECTOR_SHIFT,
+    SECTORS_PER_PAGE,
+    SEGMENT_WORD_MASK,
+    WHOLE_PAGE,
+    segment_word,
+)
+from xenbus.drivers.block.xbbd_copy import Copies
 from xenbus.errors import HypervisorError
 from xenbus.hypervisor.interface import Mapping
 
@@ -59,18 +67,21 @@ class Grants:
     """The pages of one connection.
 
     map, unmap: the device's own. limit: pages that stay mapped; 0 when the front has no persistent grants
+    copies:     for what is not kept mapped, where there is such a thing; closed with this
     """
 
-    def __init__(self, map_: Map, unmap: Unmap, limit: int) -> None:
+    def __init__(self, map_: Map, unmap: Unmap, limit: int, copies: Copies | None = None) -> None:
         self._map = map_
         self._unmap = unmap
         self.limit = limit
+        self.copies = copies
         self.pages = 0
         self._runs: OrderedDict[Run, None] = OrderedDict()
         self._where: dict[int, tuple[Run, int]] = {}
         self._exact: dict[tuple[int, int], tuple[Run, memoryview]] = {}
-        # gref -> its page, for as long as there is room to spare and nobody needs to know who used what when.
-        self.single: dict[int, memoryview] = {}
+        # Segment word of a whole page -> that page, for as long as there is room to spare and nobody needs to
+        # know who used what when. Not to be kept beyond the call that looked it up.
+        self.whole: dict[int, memoryview] = {}
         self._temporary: set[Run] = set()
 
     @property
@@ -99,13 +110,23 @@ class Grants:
             self._forget_exact(list(self._exact))
         found = run, run.view[start * PAGE_SIZE : (start + count) * PAGE_SIZE]
         self._exact[gref, count] = found
-        if count == 1 and self.pages * 2 <= self.limit:
-            self.single[gref] = found[1]
         return found
 
     @staticmethod
     def _in_a_row(run: Run, start: int, gref: int, count: int) -> bool:
         return run.mapping.refs[start : start + count] == tuple(range(gref, gref + count))
+
+    def whole_pages(self, words: Sequence[int]) -> list[memoryview] | None:
+        """A page for each word, if each is a whole page that `whole` knows: long transfers of Linux's fronts,
+        whose grefs are in no order. For use at once, as no run is held."""
+        try:
+            return list(map(self.whole.__getitem__, words))
+        except KeyError:
+            return None
+
+    def copied(self, words: Sequence[int]) -> memoryview | None:
+        """These whole pages in a row, by `copies`; None if that cannot be. For use at once."""
+        return self.copies.fetch(words, len(words) * SECTORS_PER_PAGE) if self.copies is not None else None
 
     def missing(self, grefs: Sequence[int]) -> list[int]:
         """Those of them that are not kept mapped, each once, in order."""
@@ -179,7 +200,7 @@ class Grants:
             await self._drop(idle)
         self.pages += len(grefs)
         if self.pages * 2 > self.limit:
-            self.single.clear()
+            self.whole.clear()
         try:
             run = Run(await self._map(tuple(grefs), True))
         except BaseException:
@@ -193,6 +214,9 @@ class Grants:
         self._runs[run] = None
         for index, gref in enumerate(grefs):
             self._where[gref] = run, index
+        if self.pages * 2 <= self.limit:
+            for index, gref in enumerate(grefs):
+                self.whole[segment_word(gref)] = run.view[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
         return True
 
     async def once(self, grefs: tuple[int, ...], *, writable: bool) -> Run:
@@ -210,13 +234,12 @@ class Grants:
         self.pages -= len(run.mapping.refs)
         for gref in run.mapping.refs:
             del self._where[gref]
+            self.whole.pop(segment_word(gref), None)
         self._forget_exact([key for key, (found, _) in self._exact.items() if found is run])
         await self._unmap_run(run)
 
     def _forget_exact(self, keys: Sequence[tuple[int, int]]) -> None:
         for key in keys:
-            if key[1] == 1:
-                self.single.pop(key[0], None)
             self._exact.pop(key)[1].release()
 
     async def _unmap_run(self, run: Run) -> None:
@@ -231,3 +254,5 @@ class Grants:
             await self._drop(run)
         for run in list(self._temporary):
             await self.done(run)
+        if self.copies is not None:
+            self.copies.close()

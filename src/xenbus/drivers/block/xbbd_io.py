@@ -1,7 +1,7 @@
 """The serving side of a disk: requests off a ring, checked, done on a storage, answered. No states, no store.
 
-Cached reads are done in the event channel's handler itself; what must wait (for pages to be mapped, for a
-disk) is a task. Nothing that a guest writes is believed: `_check` sees each transfer first.
+What a cache can answer or take at once is done in the event channel's handler itself; what must wait (for
+pages to be mapped, for a disk) is a task. Nothing that a guest writes is believed: `_check` sees it first.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from xenbus.drivers.block.blkif import (
     SECTOR_SHIFT,
     SECTORS_PER_PAGE,
     SEGMENT_WORD_MASK,
-    WHOLE_PAGE,
     Abi,
     Op,
 )
 from xenbus.drivers.block.storage import Storage, StorageError
-from xenbus.drivers.block.xbbd_grants import GREF_MASK, Grants, Run, grefs_of, whole_run
+from xenbus.drivers.block.xbbd_grants import Grants, Run, grefs_of, whole_run
 from xenbus.drivers.block.xbbd_transfer import BadRequest, Counters, Transfer
 from xenbus.errors import HypervisorError, PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel
@@ -41,9 +40,8 @@ INDIRECT: Final = int(Op.INDIRECT)
 # Requests taken at a time, and served before the loop gets its turn: a busy guest must not starve the others.
 BATCH: Final = 16
 WORK_PER_WAKEUP: Final = 64
-# So many sectors of cached reads weigh as much as a request, and are answered before the rest of the batch.
+# So many sectors, moved at once, weigh as much as a request, and are answered before the rest of the batch.
 SECTORS_PER_WORK: Final = 256
-_EXTENT: Final = SEGMENT_WORD_MASK & ~GREF_MASK
 
 
 class BackQueue:
@@ -180,18 +178,12 @@ class BackQueue:
 
     def _serve(self, slots: bytes) -> None:
         """Requests, whole slots in a row. Those of one page, cached, cost no more than this loop."""
-        pages, read, size = self._grants.single, self._storage.try_read_into, self._ring.slot_size
+        pages, read, size = self._grants.whole, self._storage.try_read_into, self._ring.slot_size
         last, mask = self._sectors - SECTORS_PER_PAGE, self._sector_mask
         done = 0
         for n, (op, count, _, ident, sector, word) in enumerate(self._abi.request_slots.iter_unpack(slots)):
-            if (
-                op == READ
-                and count == 1
-                and word & _EXTENT == WHOLE_PAGE
-                and sector <= last
-                and not sector & mask
-            ):
-                view = pages.get(word & GREF_MASK)
+            if op == READ and count == 1 and sector <= last and not sector & mask:
+                view = pages.get(word & SEGMENT_WORD_MASK)
                 try:
                     if view is not None and read(sector << SECTOR_SHIFT, view):
                         done += 1
@@ -241,7 +233,10 @@ class BackQueue:
         transfer = Transfer(op, ident, sector, ())
         transfer.count = count
         transfer.descriptors = tuple(grefs[: blkif.indirect_pages(count)])
-        pages = [self._grants.exact((blkif.segment_word(gref),)) for gref in transfer.descriptors]
+        asked = [blkif.segment_word(gref) for gref in transfer.descriptors]
+        pages = [self._grants.whole.get(word) or self._grants.exact((word,)) for word in asked]
+        if None in pages:
+            pages = [self._grants.copied(asked)]
         if None in pages:
             if op == WRITE:
                 self._enter_write(transfer)
@@ -256,15 +251,20 @@ class BackQueue:
     @staticmethod
     def _read_descriptors(transfer: Transfer, pages: Sequence[memoryview]) -> None:
         """The guest can change its pages under us: one private copy, and only that is looked at."""
-        raw = b"".join(pages) if len(pages) > 1 else bytes(pages[0])
-        transfer.words = memoryview(raw)[: transfer.count * blkif.SEGMENT_SIZE].cast("Q").tolist()
+        size = transfer.count * blkif.SEGMENT_SIZE
+        raw = b"".join(pages)[:size] if len(pages) > 1 else bytes(pages[0][:size])
+        transfer.words = memoryview(raw).cast("Q").tolist()
 
-    def _check(self, transfer: Transfer) -> None:
-        """BadRequest, or `total` and `whole` are known. Every number that the guest wrote is looked at."""
+    def _check(self, transfer: Transfer) -> list[memoryview] | None:
+        """BadRequest, or `total` and `whole` are known. Every number that the guest wrote is looked at.
+
+        Answers `Grants.whole_pages`: in whole pages, as in a run of them, there is no more to look at.
+        """
         words, mask = transfer.words, self._sector_mask
         transfer.whole = whole_run(words)
+        pages = None if transfer.whole else self._grants.whole_pages(words)
         total = len(words) * SECTORS_PER_PAGE
-        if not transfer.whole:
+        if not transfer.whole and pages is None:
             total = 0
             for word in words:
                 first, last = word >> 32 & 0xFF, word >> 40 & 0xFF
@@ -280,41 +280,46 @@ class BackQueue:
         if transfer.op != READ and self._readonly:
             raise BadRequest("a write to a read-only disk")
         transfer.total = total
+        return pages
 
     def _rw(self, transfer: Transfer) -> None:
-        """A transfer whose segments are known: a cached read is done now, all else is left for a task."""
-        self._check(transfer)
+        """A transfer whose segments are known: done now if it need not wait, left for a task otherwise."""
+        pages = self._check(transfer)
         op = transfer.op
-        if op == READ:
-            try:
-                done = self._read_now(transfer)
-            except StorageError as error:
-                self._failed(op, transfer.ident, BLKIF_RSP_ERROR, str(error))
-                return
-            if done:
-                self._done_sectors += transfer.total
-                self._ok(transfer)
-                if self._done_sectors >= SECTORS_PER_WORK:
-                    self._push()
-                return
-        elif op == WRITE:
-            self._enter_write(transfer)
-        else:
+        if op == WRITE_BARRIER:
             self._barrier = True
             self._begin(self._do_barrier(transfer, set(self._writes)))
             return
+        try:
+            done = self._now(transfer, pages)
+        except StorageError as error:
+            self._failed(op, transfer.ident, _status(error), str(error))
+            return
+        if done:
+            self._done_sectors += transfer.total
+            self._ok(transfer)
+            if self._done_sectors >= SECTORS_PER_WORK:
+                self._push()
+            return
+        if op == WRITE:
+            self._enter_write(transfer)
         self._deferred.append(transfer)
 
-    def _read_now(self, transfer: Transfer) -> bool:
+    def _now(self, transfer: Transfer, pages: list[memoryview] | None) -> bool:
         """False: something would have to wait."""
-        words, offset = transfer.words, transfer.sector << SECTOR_SHIFT
+        storage, words, offset = self._storage, transfer.words, transfer.sector << SECTOR_SHIFT
+        move = storage.try_readv if transfer.op == READ else storage.try_writev
+        if pages is not None:
+            return move(offset, pages)
         if transfer.whole and (view := self._grants.exact(words)) is not None:
-            return self._storage.try_read_into(offset, view)
+            return storage.try_read_into(offset, view) if transfer.op == READ else move(offset, (view,))
+        if (copies := self._grants.copies) is not None:
+            return copies.move(storage, transfer.op == READ, offset, words, transfer.total)
         if self._grants.missing(grefs_of(words)):
             return False
         views, _ = self._grants.views(words)
         try:
-            return self._storage.try_readv(offset, views)
+            return move(offset, views)
         finally:
             for view in views:
                 view.release()

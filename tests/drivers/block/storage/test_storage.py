@@ -74,6 +74,26 @@ def test_scattered_buffers_make_one_run_of_bytes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_write_without_waiting_is_whole_or_refused(kind, tmp_path):
+    async def main():
+        async with opened(kind, tmp_path) as disk:
+            data = os.urandom(8192)
+            done = disk.try_writev(4096, [view(data[:512]), view(data[512:])])
+            assert done or kind in ("file", "nbd")
+            if not done:
+                await disk.writev(4096, [view(data)])
+            got = view(8192)
+            await disk.readv(4096, [got])
+            assert got == data
+        async with opened(kind, tmp_path) as disk:
+            if kind != "nbd":
+                with pytest.raises(StorageError, match=f"{SIZE} bytes"):
+                    disk.try_writev(SIZE - 512, [view(bytes(1024))])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_buffers_than_an_iovec_takes(kind, tmp_path):
     async def main():
         async with opened(kind, tmp_path) as disk:

@@ -147,6 +147,9 @@ class NbdClient:
     def try_read_into(self, offset: int, buffer: memoryview, /) -> bool:
         return False
 
+    def try_writev(self, offset: int, buffers: Buffers) -> bool:
+        return False
+
     async def readv(self, offset: int, buffers: Buffers) -> None:
         length = total(buffers)
         check_range(self, self.target, "read", offset, length)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from xenbus.errors import UsageError, XenbusError
 
 Buffers = Sequence[memoryview]
+_NBYTES = attrgetter("nbytes")
 
 
 class StorageError(XenbusError):
@@ -90,6 +92,9 @@ class Storage(Blocks, Protocol):
     def try_read_into(self, offset: int, buffer: memoryview, /) -> bool:
         """try_readv into one buffer."""
 
+    def try_writev(self, offset: int, buffers: Buffers) -> bool:
+        """writev without waiting, or False (any part of the range may have been written then)."""
+
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes."""
 
@@ -99,7 +104,7 @@ class Storage(Blocks, Protocol):
 
 def total(buffers: Buffers) -> int:
     """Bytes in all of them."""
-    return sum(buffer.nbytes for buffer in buffers)
+    return sum(map(_NBYTES, buffers))
 
 
 def check_range(blocks: Blocks, target: str, what: str, offset: int, length: int) -> None:

@@ -51,7 +51,7 @@ class FileStorage:
         self.readonly = readonly
         self.discards = not readonly and _fallocate.can_punch(fd)
         self._workers = Workers(THREADS, "xenbus-disk")
-        self._read_flags = 0 if _on_tmpfs(fd) else os.RWF_NOWAIT
+        self._flags = 0 if _on_tmpfs(fd) else os.RWF_NOWAIT
         self._nowait = True
         self._nowait_write = True
         self._inline_writes_from = 0.0  # on the monotonic clock
@@ -68,7 +68,7 @@ class FileStorage:
             return False
         try:
             # A part that is not cached, or an end of file that moved, comes back short: left to a thread.
-            return os.preadv(self._fd, buffers, offset, self._read_flags) == length
+            return os.preadv(self._fd, buffers, offset, self._flags) == length
         except BlockingIOError:
             return False
         except OSError as error:
@@ -83,7 +83,7 @@ class FileStorage:
         if not self._nowait or self._closing or offset < 0 or offset + length > self.size:
             return self.try_readv(offset, (buffer,))
         try:
-            return os.preadv(self._fd, (buffer,), offset, self._read_flags) == length
+            return os.preadv(self._fd, (buffer,), offset, self._flags) == length
         except OSError:
             return self.try_readv(offset, (buffer,))  # it knows what each error means
 
@@ -98,14 +98,17 @@ class FileStorage:
     # Writing
 
     async def writev(self, offset: int, buffers: Buffers) -> None:
-        length = total(buffers)
-        self._check("write", offset, length)
-        if length <= INLINE_WRITE_MAX and not self._flushing and len(buffers) <= IOV_MAX:
-            done = self._try_writev(offset, buffers)
-            if done == length:
-                return
+        if self.try_writev(offset, buffers):
+            return
         # From the start again, should a part be written: the same bytes to the same place.
         await self._workers.run(lambda: self._whole("write", os.pwritev, offset, buffers))
+
+    def try_writev(self, offset: int, buffers: Buffers) -> bool:
+        length = total(buffers)
+        self._check("write", offset, length)
+        if length > INLINE_WRITE_MAX or self._flushing or len(buffers) > IOV_MAX:
+            return False
+        return self._try_writev(offset, buffers) == length
 
     def _try_writev(self, offset: int, buffers: Buffers) -> int:
         """Bytes written inline. Where the filesystem has no RWF_NOWAIT for writes (ext4), a plain write
@@ -113,7 +116,7 @@ class FileStorage:
         """
         if self._nowait_write:
             try:
-                return os.pwritev(self._fd, buffers, offset, os.RWF_NOWAIT)
+                return os.pwritev(self._fd, buffers, offset, self._flags)
             except BlockingIOError:
                 return 0
             except OSError as error:
@@ -243,7 +246,7 @@ def _size_of(fd: int, path: str) -> int:
 
 
 def _on_tmpfs(fd: int) -> bool:
-    """tmpfs refuses RWF_NOWAIT, but its pages are memory: a plain read of it is as good."""
+    """tmpfs refuses RWF_NOWAIT, but its pages are memory: a plain read or write of it is as good."""
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:

@@ -60,12 +60,16 @@ class MemoryStorage:
     async def readv(self, offset: int, buffers: Buffers) -> None:
         self.try_readv(offset, buffers)
 
-    async def writev(self, offset: int, buffers: Buffers) -> None:
+    def try_writev(self, offset: int, buffers: Buffers) -> bool:
         self._check("write", offset, total(buffers))
         for buffer in buffers:
             end = offset + buffer.nbytes
             self._view[offset:end] = buffer
             offset = end
+        return True
+
+    async def writev(self, offset: int, buffers: Buffers) -> None:
+        self.try_writev(offset, buffers)
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         return self.try_readv(offset, (buffer,))
