@@ -137,9 +137,9 @@ class Guest:
         """`xl save -c`: the guest goes on as the same domain; for it the suspend was cancelled."""
         await xl("save", "-c", self.name, str(path), seconds=seconds)
 
-    async def restore(self, path: Path, seconds: float = 120.0) -> None:
+    async def restore(self, path: Path, seconds: float = 120.0, *, paused: bool = False) -> None:
         """`xl restore`: the name stays, `domid` and the console are new ones. The file is removed."""
-        await xl("restore", str(path), seconds=seconds)
+        await xl("restore", *(["-p"] if paused else []), str(path), seconds=seconds)
         path.unlink()
         await self.attach()
 

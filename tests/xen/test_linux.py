@@ -278,3 +278,88 @@ def test_a_killed_process_leaves_nothing():
         assert dom0_ports() == before
 
     with_handles(test, 1)
+
+
+# Every step of a driver's life as system calls; the process kills itself at its `step`th one.
+AT_A_STEP = """
+import asyncio, os, signal, sys
+from xenbus.hypervisor import linux_abi as abi
+from xenbus.hypervisor.interface import CopyOp
+from xenbus.hypervisor.linux import LinuxHypervisor
+
+ref, port, step = map(int, sys.argv[1:])
+real, count = abi.call, 0
+
+def call(*args):
+    global count
+    count += 1
+    if count == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+abi.call = call
+
+async def main():
+    hv = LinuxHypervisor(0)
+    pages = await hv.alloc(0, 2)
+    print(pages.refs[0], flush=True)
+    mine = await hv.alloc_unbound(0, lambda: None)
+    mapping = await hv.map(0, [ref])
+    theirs = await hv.bind_interdomain(0, port, lambda: None)
+    hv.notify_on_unmap(mapping, clear_byte=0)
+    theirs.notify()
+    await hv.copy([CopyOp(0, ref, 0, 16, memoryview(bytearray(16)), False)])
+    await hv.unmap(mapping)
+    await theirs.close()
+    await mine.close()
+    await hv.revoke(pages)
+    print("over", flush=True)
+
+asyncio.run(main())
+"""
+
+
+def finished(command, environment):
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.timeout(180)
+def test_killed_at_any_step_it_leaves_nothing():
+    async def test(back):
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        before = dom0_ports()
+        for step in range(1, 30):
+            offered = await back.alloc(0, 1)
+            port = await back.alloc_unbound(0, lambda: None)
+            command = [sys.executable, "-c", AT_A_STEP, str(offered.refs[0]), str(port.port), str(step)]
+            done = await asyncio.to_thread(
+                subprocess.run,
+                command,
+                capture_output=True,
+                text=True,
+                env=environment,
+                timeout=60,
+                check=False,
+            )
+            said = done.stdout.split()
+            refs = [int(word) for word in said if word.isdigit()]
+            taken = offered.refs[0]
+            await port.close()
+            await back.revoke(offered)
+            for ref in (taken, *refs):
+                await until_withdrawn(back, ref)
+            assert dom0_ports() == before, step
+            if "over" in said:
+                assert step > 10 and done.returncode == 0, done.stderr
+                return
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        raise AssertionError("it was never over")
+
+    async def main():
+        handle = LinuxHypervisor(0)
+        try:
+            await asyncio.wait_for(test(handle), 160)
+        finally:
+            await handle.close()
+
+    asyncio.run(main())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 
 import pytest
 
 from tests.support.dom0 import MIB, STORE, random_file, sha256
+from tests.support.fronts import LinuxFront, file_sums
 from tests.support.real_xen import dom0_ports
 from tests.support.serving import serving
-from tests.support.xl_guest import xl_guest
+from tests.support.xl_guest import xl, xl_guest
 from xenbus.xenstore.client import Client
 
 pytestmark = pytest.mark.timeout(300)
@@ -73,6 +75,35 @@ def test_a_guest_that_is_destroyed_leaves_nothing(tmp_path):
                 await daemon.command("attach", "block", "--domain", "guest", "--image", str(file))
                 await guest.run(WAIT_FOR_DISK)
             assert await store.wait_for("backend/xbbd", lambda value: value is None, 60) is None
+
+    run(test)
+
+
+def test_handed_over_killed_and_restored(tmp_path):
+    """A disk of our own type: the next process goes on with it, and a restored guest gets it anew."""
+
+    async def test(store):
+        file = tmp_path / "disk.img"
+        random_file(file, 8 * MIB)
+        async with serving(tmp_path / "run") as daemon, xl_guest(store, "guest") as guest:
+            front = LinuxFront(guest)
+            await daemon.command("attach", "block", "--domain", "guest", "--image", str(file))
+            await front.appear("xvda")
+            await front.load("xvda")
+            for number in (signal.SIGUSR1, signal.SIGKILL, signal.SIGUSR1):
+                assert await daemon.end(number) in (0, -signal.SIGKILL)
+                await daemon.start()
+                await front.progress("xvda")
+            assert "goes on for a process that ended" in daemon.log.read_text()
+            before = guest.domid
+            await guest.save(tmp_path / "saved")
+            await guest.restore(tmp_path / "saved", paused=True)
+            await daemon.command("attach", "block", "--domain", "guest", "--image", str(file), "--no-wait")
+            await xl("unpause", "guest")
+            await front.progress("xvda")
+            written = await front.unload("xvda")
+            assert await front.sums("xvda", written) == written == file_sums(file, written)
+            assert not await store.exists(f"backend/xbbd/{before}/51712")
 
     run(test)
 
