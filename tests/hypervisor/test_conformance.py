@@ -14,6 +14,7 @@ from xenbus.hypervisor.embedded import Machine
 from xenbus.hypervisor.interface import (
     GNTST_bad_copy_arg,
     GNTST_bad_gntref,
+    GNTST_general_error,
     GNTST_okay,
     GNTST_permission_denied,
 )
@@ -131,6 +132,15 @@ def run(request, children):
     return runner
 
 
+# Xen's word for a page that is not granted to who asks, and the one that embedded machines have.
+DENIED = (GNTST_general_error, GNTST_permission_denied)
+
+
+def not_ours(rig):
+    """What binding another's port is refused with: Xen says of it what it says of one that is not there."""
+    return getattr(rig, "not_ours", "EPERM")
+
+
 async def refused(name, call):
     with pytest.raises(HypervisorError) as caught:
         await call
@@ -240,7 +250,7 @@ def test_only_the_grantee_maps(run):
         _, theirs = await front.alloc(2, 1)
         await refused("EPERM", back.map(1, [refs[0], theirs[0]]))  # all or nothing
         assert rig.host.held(0).mapped_pages == 0
-        assert (await other.copy([[1, refs[0], 0, 16]]))[0] == [GNTST_permission_denied]
+        assert (await other.copy([[1, refs[0], 0, 16]]))[0][0] in DENIED
         await back.map(1, refs)
 
     run(test)
@@ -297,14 +307,14 @@ def test_a_page_is_reused_after_its_last_unmap_and_zeroed(run):
 def test_grant_copy(run):
     async def test(rig):
         back, front = await rig.domain(0), await rig.domain(1)
-        pages, (ref, _) = await front.alloc(0, 2)
+        pages, (ref, second) = await front.alloc(0, 2)
         fixed, (fixed_ref,) = await front.alloc(0, 1, False)
         await front.poke(pages, 100, b"from there")
         await front.poke(fixed, 0, b"fixed")
         status, local = await back.copy(
             [
                 [1, ref, 100, 10],
-                [1, ref + 1, 4092, b"end!"],
+                [1, second, 4092, b"end!"],
                 [1, ref, 4000, 97],  # beyond the page
                 [1, ref, -1, 4],
                 [1, 999_999, 0, 4],
@@ -313,22 +323,21 @@ def test_grant_copy(run):
                 [9, ref, 0, 4],
             ]
         )
-        assert status[:7] == [
+        assert status[:5] == [
             GNTST_okay,
             GNTST_okay,
             GNTST_bad_copy_arg,
             GNTST_bad_copy_arg,
             GNTST_bad_gntref,
-            GNTST_permission_denied,
-            GNTST_okay,
         ]
+        assert status[5] in DENIED and status[6] == GNTST_okay
         assert status[7] < 0
         assert local[0] == b"from there" and local[6] == b"fixed"
         assert await front.peek(pages, 4096 + 4092, 4) == b"end!"
         await back.barrier()
         assert rig.host.held(0).mapped_pages == 0
         await front.revoke(pages)
-        assert (await back.copy([[1, ref, 0, 4]]))[0] == [GNTST_bad_gntref]
+        assert (await back.copy([[1, ref, 0, 4]]))[0][0] in (GNTST_bad_gntref, GNTST_general_error)
 
     run(test)
 
@@ -413,13 +422,13 @@ def test_who_may_bind(run):
     async def test(rig):
         back, front, other = await rig.domain(0), await rig.domain(1), await rig.domain(2)
         _, port = await front.port(0)
-        await refused("EPERM", other.bind(1, port))
-        await refused("EPERM", other.bind(1, rig.host.store_port(1)))
+        await refused(not_ours(rig), other.bind(1, port))
+        await refused(not_ours(rig), other.bind(1, rig.host.store_port(1)))
         await refused("ENOENT", back.bind(1, 77_777))
         await refused("ENOENT", back.bind(9, port))
         ports = rig.host.held(0).ports
         number = await back.bind(1, port)
-        await refused("EPERM", back.bind(1, port))
+        await refused(not_ours(rig), back.bind(1, port))
         assert rig.host.held(0).ports == ports + 1
         await back.close_port(number)
         assert rig.host.held(0).ports == ports

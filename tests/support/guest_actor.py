@@ -66,6 +66,8 @@ def _as_here(error: GuestError) -> Exception:
 class TwoDomainRig:
     """`host` is what the suite asks for counts."""
 
+    not_ours = "ENOENT"
+
     def __init__(self, guests: list[PythonGuest]) -> None:
         self.host = self
         self.numbers = {0: 0} | {n: guest.domid for n, guest in enumerate(guests, 1)}

@@ -1,7 +1,7 @@
 """The hypervisor's conformance suite on a real Xen, between domains: dom0, and handles in one or two guests.
 
 Cases that need what only the embedded host has (its start info, its suspend, its limits, its word of a death)
-are not here; what Xen answers otherwise to wrong refs is in test_linux.py.
+are not here; wrong refs of other kinds are in test_linux.py.
 """
 
 from __future__ import annotations
