@@ -37,6 +37,9 @@ class LinuxFront:
     async def start(self) -> None:
         pass
 
+    async def end(self) -> None:
+        pass
+
     async def appear(self, dev: str) -> None:
         await self._until(f"[ -b /dev/{dev} ]")
 
@@ -173,6 +176,12 @@ class XbdFront:
 
     async def start(self) -> None:
         await self.guest.call(_START, APPEAR, options=[list(pair) for pair in self.options.items()])
+
+    async def end(self) -> None:
+        """In order; then the process goes, with whatever it has of a life before a restore."""
+        await self.guest.call("await runtime.stop()", APPEAR)
+        await self.guest.restart()
+        assert "BUG" not in self.guest.said and "WARNING" not in self.guest.said, self.guest.said[-3000:]
 
     async def appear(self, dev: str) -> None:
         await self.guest.call("await appear(name, seconds)", APPEAR + 10, name=dev, seconds=APPEAR)

@@ -73,6 +73,7 @@ async def life(front: Front, back: Back, disks: list[Disk], tmp_path: Path, stor
         await killed(front, back, disks)
     for each in disks:
         await same(front, each)
+    await front.end()
 
 
 async def saved(front: Front, back: Back, disks: list[Disk], tmp_path: Path, store: Client) -> None:
