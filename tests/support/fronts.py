@@ -181,7 +181,8 @@ class XbdFront:
         """In order; then the process goes, with whatever it has of a life before a restore."""
         await self.guest.call("await runtime.stop()", APPEAR)
         await self.guest.restart()
-        assert "BUG" not in self.guest.said and "WARNING" not in self.guest.said, self.guest.said[-3000:]
+        said = await self.guest.run("dmesg")
+        assert "BUG" not in said and "WARNING" not in said, said[-3000:]
 
     async def appear(self, dev: str) -> None:
         await self.guest.call("await appear(name, seconds)", APPEAR + 10, name=dev, seconds=APPEAR)
