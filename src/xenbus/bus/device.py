@@ -171,7 +171,8 @@ class XenbusDevice:
     def log(self) -> DeviceLog:
         if self._allowance is None:
             self._allowance = Allowance()
-        return DeviceLog(log, self.nameunit or self.node, self._allowance, self.bus.now)
+        name = f"{self.nameunit or self.node} (domain {self.otherend_id})"
+        return DeviceLog(log, name, self._allowance, self.bus.now)
 
     def __repr__(self) -> str:
         return f"<XenbusDevice {self.nameunit or '?'} at {self.node} {self._state.name}>"

@@ -46,8 +46,8 @@ def test_a_refused_request_is_named(caplog):
 
     asyncio.run(run())
     said = lines_of(caplog)
-    assert any("domain 1: request 77, READ: " in line and "54321" in line for line in said)
-    assert any("domain 1: request 78, operation 99: unknown operation 99" in line for line in said)
+    assert any("xbbd0 (domain 1): request 77, READ: " in line and "54321" in line for line in said)
+    assert any("xbbd0 (domain 1): request 78, operation 99: unknown operation 99" in line for line in said)
 
 
 def test_a_thousand_refused_requests_fill_no_disk(caplog):

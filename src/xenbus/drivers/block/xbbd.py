@@ -387,7 +387,7 @@ class Xbbd(XenbusDriver):
 
     def _refused(self, what: str) -> None:
         """A request was answered with an error: its guest's doing, or its disk's; people want to know."""
-        self.dev.log.warning("domain %d: %s", self.dev.otherend_id, what)
+        self.dev.log.warning("%s", what)
 
     def _broken(self, error: PeerError) -> None:
         """The front broke its ring: this device is over, the others go on."""
