@@ -14,8 +14,10 @@ from xenbus.ring.shared import REQ_PROD, RSP_PROD, FrontRing, RingError
 from xenbus.xenstore.client import Client
 
 PAGE = 4096
-PATIENCE = 40.0  # seconds for the other end, under emulation
+PATIENCE = 80.0  # seconds for the other end, under emulation
 CLOSING, CLOSED = b"5", b"6"
+# What a front end publishes: how the keys begin.
+OURS = ("ring", "event", "queue", "multi", "num-", "protocol", "feature")
 
 
 class Liar:
@@ -86,11 +88,13 @@ class Liar:
     async def publish(self, lies: dict[str, object] | None = None) -> bytes | None:
         """Our parameters, these instead of true ones (None: no such key), and Initialised. What the other end
         makes of it: b"4", b"5", b"6"."""
-        for key, value in (self.truth() | (lies or {})).items():
-            if value is None:
-                continue
-            raw = value if isinstance(value, bytes) else str(value).encode()
-            await self.store.write(f"{self.node}/{key}", raw)
+        said = {key: value for key, value in (self.truth() | (lies or {})).items() if value is not None}
+        await asyncio.gather(
+            *(
+                self.store.write(f"{self.node}/{key}", value if isinstance(value, bytes) else str(value))
+                for key, value in said.items()
+            )
+        )
         await self.say(3)
         state = await self.until(b"4", CLOSING, CLOSED)
         if state == b"4":
@@ -102,9 +106,8 @@ class Liar:
         await self.say(6)
         await self.until(CLOSED)
         await self.give_back()
-        for key in await self.store.directory(self.node):
-            if key.startswith(("ring", "event", "queue", "multi", "num-", "protocol", "feature")):
-                await self.store.rm(f"{self.node}/{key}")
+        keys = await self.store.directory(self.node)
+        await asyncio.gather(*(self.store.rm(f"{self.node}/{key}") for key in keys if key.startswith(OURS)))
         self.answers = []
         await self.take()
         await self.say(1)
