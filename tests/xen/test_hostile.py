@@ -29,6 +29,7 @@ from xenbus.xenstore.client import Client
 pytestmark = pytest.mark.timeout(240)
 PATIENCE = 90.0  # seconds, under emulation
 HONEST = "xvda"
+NAMES = "bcdefghijklmnop"  # of the liar's disks, in turn
 LOG_LINE_MAX = 700
 
 
@@ -141,7 +142,7 @@ class Stage:
         self.disks += 1
         image = self.work / f"liar{self.disks}.img"
         random_file(image, MIB)
-        paths = await self.plug(self.liar.domid, f"xvd{'abcdefghijklmnop'[self.disks]}", image, **options)
+        paths = await self.plug(self.liar.domid, f"xvd{NAMES[self.disks % len(NAMES)]}", image, **options)
         disk = LiarsDisk(self, paths, image)
         await disk.do(f"liar = await Liar.begin({paths.devid}, {order})")
         yield disk
