@@ -201,7 +201,8 @@ class Liar:
             await self.say(6)
 
     async def end(self) -> None:
-        """The disk was detached, or is to be: nothing of ours is left granted or bound."""
+        """The disk was detached: nothing of ours is left granted or bound, whatever went on."""
+        await self.stop()
         await self.give_back()
         await self.hv.close()
         await self.store.close()

@@ -7,7 +7,7 @@ log; the honest guest was served meanwhile. At the end nothing is mapped, bound 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -136,9 +136,12 @@ class Stage:
 
     @asynccontextmanager
     async def lying(
-        self, *, order: int = 0, ends: bool = True, **options: object
+        self, *, ends: bool = True, closes: bool = True, order: int = 0, **options: object
     ) -> AsyncIterator[LiarsDisk]:
-        """A disk of its own, waiting for it; afterwards it is gone, and the honest guest was served."""
+        """A disk of its own, waiting for it; afterwards it is gone, and the honest guest was served.
+
+        ends: it is detached then; closes: and the liar answers that
+        """
         self.disks += 1
         image = self.work / f"liar{self.disks}.img"
         random_file(image, MIB)
@@ -147,14 +150,22 @@ class Stage:
         await disk.do(f"liar = await Liar.begin({paths.devid}, {order})")
         yield disk
         if ends:
-            await disk.do("await liar.close()")
-            assert await detach_device(self.store, paths, timeout=PATIENCE)
+            if closes:
+                await disk.do("await liar.close()")
+            # An answer that never comes is not waited for long.
+            seconds = PATIENCE if closes else 0.5
+            assert await detach_device(self.store, paths, timeout=seconds, force=True) == closes
             await disk.do("await liar.end()")
         for node in (paths.back, paths.front, paths.record, paths.back_error):
             assert not await self.store.exists(node), node
         await self.honest.progress(HONEST)
         assert self.daemon.pid == self.pid == (await self.rpc.call("info"))["pid"]
         assert max(map(len, self.said_since(disk.began).splitlines()), default=0) < LOG_LINE_MAX
+
+
+def marked(cases: Iterable[str], *features: str) -> list[object]:
+    """These of them are left to `make xen-test-all`."""
+    return [pytest.param(case, marks=pytest.mark.features if case in features else ()) for case in cases]
 
 
 class LiarsDisk:
@@ -406,7 +417,7 @@ def test_slots_overwritten_while_they_are_served(stage: Stage) -> None:
     """All of the ring is noise, all the time; in the end its journal shows that it cannot be."""
 
     async def test() -> None:
-        async with stage.lying() as disk:
+        async with stage.lying(order=2) as disk:
             mark = stage.mark()
             assert await disk.do("await liar.publish()") == b"4"
             await disk.do("liar.scribble()")
@@ -426,8 +437,10 @@ LINES_MOST = 3 * 20 + 30
 
 
 def test_storms_of_events(stage: Stage) -> None:
+    """From a guest that does not close either, when its disk is detached."""
+
     async def test() -> None:
-        async with stage.lying() as disk:
+        async with stage.lying(closes=False) as disk:
             assert await disk.do("await liar.publish()") == b"4"
             await disk.do("liar.storm()")
             before = await disk.do("liar.done")
@@ -435,7 +448,7 @@ def test_storms_of_events(stage: Stage) -> None:
             assert await disk.do("liar.done") > before
             # It is served itself, too.
             await disk.do("liar.put(Op.READ, 1, 0, liar.word(0)); await liar.answered(1)")
-            assert await disk.do("await liar.stop()") > 1000
+            assert await disk.do("liar.done") > 1000
 
     stage.runner.run(test())
 
@@ -448,7 +461,7 @@ FLAPS = {
 }
 
 
-@pytest.mark.parametrize("how", FLAPS)
+@pytest.mark.parametrize("how", marked(FLAPS, "connecting", "begun and ended"))
 def test_states_that_flap(stage: Stage, how: str) -> None:
     states, words = FLAPS[how]
 
@@ -475,7 +488,7 @@ REMOVALS = {
 }
 
 
-@pytest.mark.parametrize("what", REMOVALS)
+@pytest.mark.parametrize("what", marked(REMOVALS, "its state"))
 def test_nodes_removed_under_us(stage: Stage, what: str) -> None:
     """Connected, with requests on their way, and in the middle of a handshake."""
 
