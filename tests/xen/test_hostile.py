@@ -484,7 +484,6 @@ def test_states_that_flap(stage: Stage, how: str) -> None:
 REMOVALS = {
     "its directory": "await liar.store.rm(liar.node)",
     "its state": "await liar.store.rm(f'{liar.node}/state')",
-    "all its devices": "await liar.store.rm('device/vbd')",
 }
 
 
