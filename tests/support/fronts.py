@@ -23,7 +23,7 @@ _LOAD = (
     "dd if=/dev/urandom of=/tmp/block-{dev} bs=64k count=1 2>/dev/null; "
     "dd if=/tmp/block-{dev} of=/dev/{dev} bs=64k seek=$slot conv=fsync,notrunc 2>/dev/null "
     "|| echo failed $slot; "
-    "echo $slot $(sha256sum </tmp/block-{dev}); i=$((i + 1)); "
+    "echo $slot $(sha256sum </tmp/block-{dev}); i=$((i + 1)); sleep {pause}; "
     "done >/tmp/log-{dev}; touch /tmp/stopped-{dev}) </dev/null >/dev/null 2>&1 &"
 )
 
@@ -60,8 +60,10 @@ class LinuxFront:
         await self.guest.run(f"dd if=/tmp/new of=/dev/{dev} bs=64k seek={at} conv=fsync,notrunc 2>/dev/null")
         return (await self.guest.run("sha256sum /tmp/new")).split()[0]
 
-    async def load(self, dev: str) -> None:
-        await self.guest.run(_LOAD.format(dev=dev, first=SLOTS[0], count=len(SLOTS)) + " true")
+    async def load(self, dev: str, pause: float = 0) -> None:
+        """pause: seconds between two writes"""
+        line = _LOAD.format(dev=dev, first=SLOTS[0], count=len(SLOTS), pause=pause)
+        await self.guest.run(line + " true")
         await self.progress(dev)
 
     async def progress(self, dev: str, writes: int = 3) -> None:

@@ -72,6 +72,7 @@ class BackBus(XenBus):
             and not dev.detaching
             and await dev.online()
         ):
+            dev.renew()
             await dev.set_state(XenbusState.INIT_WAIT)
 
     async def localend_changed(self, dev: XenbusDevice, path: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from collections.abc import Mapping as MappingT
 from typing import TYPE_CHECKING, Any
 
+from xenbus.bus.device_log import Allowance, DeviceLog
 from xenbus.bus.driver import XenbusDriver
 from xenbus.bus.error_nodes import ERROR_TEXT_MAX, Doing, errno_of
 from xenbus.bus.features import Negotiated
@@ -60,6 +61,7 @@ class XenbusDevice:
     """
 
     __slots__ = (
+        "_allowance",
         "_fatal",
         "_lock",
         "_lock_users",
@@ -131,6 +133,7 @@ class XenbusDevice:
         self._lock_users = 0
         self._owned: Owned | None = None
         self._tally: dict[str, int] | None = None
+        self._allowance: Allowance | None = None
         self._waiters: set[asyncio.Future[None]] | None = None
 
     def _handle(self, event: Hashable) -> Awaitable[None]:
@@ -165,8 +168,11 @@ class XenbusDevice:
         return self.bus.hv
 
     @property
-    def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        return _DeviceLog(log, {"device": self.nameunit or self.node})
+    def log(self) -> DeviceLog:
+        if self._allowance is None:
+            self._allowance = Allowance()
+        name = f"{self.nameunit or self.node} (domain {self.otherend_id})"
+        return DeviceLog(log, name, self._allowance, self.bus.now)
 
     def __repr__(self) -> str:
         return f"<XenbusDevice {self.nameunit or '?'} at {self.node} {self._state.name}>"
@@ -453,7 +459,7 @@ class XenbusDevice:
             await owned.drop()
 
     def renew(self) -> None:
-        """May be fatal once more: a new connection begins."""
+        """May be fatal once more: another connection begins."""
         self._fatal = False
 
     # ---- trouble ----
@@ -574,11 +580,6 @@ class _Locked:
         self._dev._lock_users -= 1
         if not self._dev._lock_users:
             self._dev._lock = None
-
-
-class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return f"{(self.extra or {}).get('device')}: {msg}", kwargs
 
 
 def is_within(path: str, root: str) -> bool:

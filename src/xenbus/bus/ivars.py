@@ -66,12 +66,18 @@ def child_sysctl(dev: XenbusDevice) -> dict[str, Leaf]:
         "xenbus_peer_domid": lambda: dev.otherend_id,
         "xenstore_peer_path": lambda: dev.otherend_path,
         "xenbus_peer_state": lambda: strstate(dev.otherend_state),
+        "held": lambda: _held(dev),
     }
     if dev.features is not None:
         found["features"] = lambda: str(dev.features)
     for name in dev.counters:
         found[f"count.{name}"] = partial(_counter, dev, name)
     return found
+
+
+def _held(dev: XenbusDevice) -> str:
+    """What it has taken and not given back: "4 tasks, 1 channels, 33 mapped_pages"; "" for nothing."""
+    return ", ".join(f"{count} {what}" for what, count in dev.counts().items() if count)
 
 
 def _counter(dev: XenbusDevice, name: str) -> int:

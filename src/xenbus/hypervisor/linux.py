@@ -160,21 +160,24 @@ class LinuxHypervisor:
             region = Region.of_fd(fd, len(refs) * PAGE_SIZE, writable=writable, offset=index)
         except HypervisorError as error:
             self._forget_index(index, len(refs))
-            raise HypervisorError(self._why_not(domid, refs, error.name), what) from None
+            name, why = self._why_not(domid, refs, error.name)
+            raise HypervisorError(name, f"{what}{why}") from None
         mapping = LinuxPages(domid, tuple(refs), writable, region, index)
         self._mapped[mapping] = None
         self._mapped_pages += len(refs)
         return mapping
 
-    def _why_not(self, domid: int, refs: Sequence[int], name: str) -> str:
-        """gntdev says EINVAL whatever Xen had against a page; a copy of one byte of each says more."""
+    def _why_not(self, domid: int, refs: Sequence[int], name: str) -> tuple[str, str]:
+        """gntdev says EINVAL whatever Xen had against a page; a copy of one byte of each says more. The name
+        of the error, and which page it is about."""
         if name != "EINVAL":
-            return name
+            return name, ""
         byte = memoryview(bytearray(1))
-        for status in self._copy([CopyOp(domid, ref, 0, 1, byte, False) for ref in refs]):
+        tried = self._copy([CopyOp(domid, ref, 0, 1, byte, False) for ref in refs])
+        for ref, status in zip(refs, tried, strict=True):
             if status != GNTST_okay:
-                return _PROBE_ERRORS.get(status, "EPERM")
-        return "EPERM"
+                return _PROBE_ERRORS.get(status, "EPERM"), f" (ref {ref})"
+        return "EPERM", f" (refs {refs[0]} to {refs[-1]} can be read, and not written)"
 
     async def unmap(self, mapping: Mapping) -> None:
         if isinstance(mapping, LinuxPages) and mapping in self._mapped:

@@ -321,6 +321,7 @@ class Xbbd(XenbusDriver):
                 max_indirect=options.max_indirect_segments,
                 spawn=dev.spawn,
                 on_fatal=self._broken,
+                on_error=self._refused,
             )
 
         self._links = [QueueLink(dev, keys) for keys in front.queues]
@@ -386,6 +387,10 @@ class Xbbd(XenbusDriver):
         if not keep:
             self._journals.discard()
         return left
+
+    def _refused(self, what: str) -> None:
+        """A request was answered with an error: its guest's doing, or its disk's; people want to know."""
+        self.dev.log.warning("%s", what)
 
     def _broken(self, error: PeerError) -> None:
         """The front broke its ring: this device is over, the others go on."""

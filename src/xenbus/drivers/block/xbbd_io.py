@@ -50,6 +50,7 @@ class BackQueue:
     offered:      the operations that a request may ask for; max_indirect: segments of an indirect one
     spawn:        starts a task of the device
     on_fatal:     called once, with what the guest did to its ring; nothing more is read off it
+    on_error:     called for each request that is answered with an error, with what it was and why
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class BackQueue:
         max_indirect: int,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_fatal: Callable[[PeerError], None],
+        on_error: Callable[[str], None],
     ) -> None:
         self._ring = ring
         self._lookout = Lookout(ring.words, REQ_PROD)
@@ -76,6 +78,7 @@ class BackQueue:
         self._max_indirect = max_indirect
         self._spawn = spawn
         self._on_fatal = on_fatal
+        self._on_error = on_error
         self._channel: Channel | None = None
         self._sectors = storage.size >> SECTOR_SHIFT
         self._sector_mask = (storage.sector_size >> SECTOR_SHIFT) - 1
@@ -569,6 +572,7 @@ class BackQueue:
     def _failed(self, op: int, ident: int, status: int, why: str) -> None:
         self._counters.errors += 1
         self._counters.last_error = why
+        self._on_error(f"request {ident}, {_name(op)}: {why}")
         self._answer(op, ident, status)
 
     def _answer(self, op: int, ident: int, status: int) -> None:
@@ -587,6 +591,10 @@ class BackQueue:
             return
         if pushed and self._channel is not None:
             self._channel.notify()
+
+
+def _name(op: int) -> str:
+    return Op(op).name if op in Op.__members__.values() else f"operation {op}"
 
 
 def _status(error: Exception) -> int:
