@@ -42,6 +42,9 @@ BATCH: Final = 16
 WORK_PER_WAKEUP: Final = 64
 # So many sectors, moved at once, weigh as much as a request, and are answered before the rest of the batch.
 SECTORS_PER_WORK: Final = 256
+# So many segments are left for tasks, and perhaps mapped, before more requests are taken: a guest's ring has
+# room for far more than a domain wants to map for it at a time. (One batch may come on top.)
+SEGMENTS_MAX: Final = 8192
 
 
 class BackQueue:
@@ -106,6 +109,7 @@ class BackQueue:
         }
         self._handlers = {op: handler for op, handler in handlers.items() if op in offered}
         self.inflight = 0
+        self._segments = 0
 
     # -- its life
 
@@ -138,7 +142,7 @@ class BackQueue:
 
     def kick(self) -> None:
         """The event channel's handler."""
-        if self._stopped or self._barrier or self._scheduled or self._channel is None:
+        if self._stopped or self._barrier or self._scheduled or self._channel is None or self._full:
             return
         self._in_kick = True
         try:
@@ -163,7 +167,7 @@ class BackQueue:
             if self._deferred:
                 self._begin_deferred()
             self._push()
-            if self._barrier or self._stopped:
+            if self._barrier or self._stopped or self._full:
                 return
             # As the front: while we look we are not notified. A task of ours would wait for us meanwhile.
             more = slots and not self.inflight and self._lookout.moved(ring.req_cons)
@@ -174,6 +178,11 @@ class BackQueue:
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._again)
                 return
+
+    @property
+    def _full(self) -> bool:
+        """`_finish` kicks again."""
+        return self._segments >= SEGMENTS_MAX
 
     def _again(self) -> None:
         self._scheduled = False
@@ -291,6 +300,7 @@ class BackQueue:
         op = transfer.op
         if op == WRITE_BARRIER:
             self._barrier = True
+            self._segments += transfer.count
             self._begin(self._do_barrier(transfer, set(self._writes)))
             return
         try:
@@ -357,6 +367,7 @@ class BackQueue:
     def _begin_deferred(self) -> None:
         """What is mapped goes on by itself; for all the rest of this wake-up there is one mapping."""
         batch, self._deferred = self._deferred, []
+        self._segments += sum(transfer.count for transfer in batch)
         unmapped = []
         for transfer in batch:
             if transfer.words and not self._grants.missing(grefs_of(transfer.words)):
@@ -548,6 +559,10 @@ class BackQueue:
     def _finish(self, transfer: Transfer, status: int, why: str = "") -> None:
         """The end of what was left for a task."""
         self.inflight -= 1
+        full = self._full
+        self._segments -= transfer.count
+        if full and not self._full:
+            asyncio.get_running_loop().call_soon(self.kick)
         if transfer.serial:
             self._leave_write(transfer.serial)
         if not self._released:
