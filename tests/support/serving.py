@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,16 +34,22 @@ class Daemon:
         return self._process.pid
 
     async def start(self) -> None:
-        """Until it has said that it is ready."""
-        with self.log.open("ab") as out:
+        """Until it has said that it is ready, on its output and to systemd."""
+        address = self.run.parent / f"{self.run.name}.notify"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as out:
+            notify.bind(str(address))
+            notify.setblocking(False)
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "xenbus", "serve", *self.options,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=out,
-                env=environment(self.run),
+                env=environment(self.run) | {"NOTIFY_SOCKET": str(address)},
             )  # fmt: skip
-        assert self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), START)
-        assert line == b"ready\n", f"{line!r}: {self.log.read_text()[-3000:]}"
+            assert self._process.stdout is not None
+            line = await asyncio.wait_for(self._process.stdout.readline(), START)
+            assert line == b"ready\n", f"{line!r}: {self.log.read_text()[-3000:]}"
+            said = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(notify, 4096), START)
+            assert said.startswith(b"READY=1\nSTATUS="), said
 
     async def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit code after this signal."""

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from tests.support.backs import Blkback
 from tests.support.dom0 import MIB, STORE, random_file, sha256
 from tests.support.fronts import LinuxFront, file_sums
 from tests.support.real_xen import dom0_ports
@@ -39,7 +40,13 @@ def test_attach_tree_sysctl_detach(tmp_path):
     async def test(store):
         file = tmp_path / "disk.img"
         expected = random_file(file, 8 * MIB)
-        async with serving(tmp_path / "run") as daemon, xl_guest(store, "guest") as guest:
+        async with (
+            Blkback(tmp_path).up(),  # and has every vbd
+            serving(tmp_path / "run") as daemon,
+            xl_guest(store, "guest") as guest,
+        ):
+            refusal = await daemon.command("serve", "--claim", "vbd", code=2)
+            assert "Linux's own driver has every backend of that type" in refusal
             said = await daemon.command("attach", "block", "--domain", "guest", "--image", str(file))
             back = f"/local/domain/0/backend/xbbd/{guest.domid}/51712"
             assert back in said
