@@ -52,16 +52,16 @@ def test_reads_and_writes_arrive(tmp_path):
 
 
 def test_a_filesystem(tmp_path):
-    """Made in the guest, mounted and written there, checked there and in dom0, which reads the same."""
+    """Made, mounted and written in the guest, checked there and in dom0, which reads the same."""
 
     async def main():
         file = tmp_path / "disk.img"
         with file.open("wb") as out:
             out.truncate(32 * MIB)
         async with dom0() as runtime, python_guest(runtime.store, "writer") as guest:
-            await guest.run("modprobe -a xen-blkfront ext4")
+            await guest.run("modprobe -a xen-blkfront crc32c_generic ext4")
             async with disk(runtime, guest, file) as dev:
-                await guest.run(f"mke2fs -q -t ext4 {dev}")
+                await guest.run(f"/usr/sbin/mke2fs -q -t ext4 {dev}")
                 await guest.run(f"mount -t ext4 {dev} /mnt")
                 await guest.run("dd if=/dev/urandom of=/mnt/big bs=64k count=96")
                 await guest.run(
@@ -69,7 +69,7 @@ def test_a_filesystem(tmp_path):
                 )
                 big = (await guest.run("sha256sum /mnt/big")).split()[0]
                 await guest.run("umount /mnt")
-                await guest.run(f"e2fsck -fn {dev}")
+                await guest.run(f"/usr/sbin/e2fsck -fn {dev}")
         assert await asyncio.to_thread(contents, file, "/big") == big
         listed = await asyncio.to_thread(e2fs, "debugfs", "-R", "cat /d/37", str(file))
         assert listed == "file 37\n"

@@ -39,9 +39,9 @@ from xenbus.toolstack.devices import DeviceSpec, detach_device, wait_connected, 
 from xenbus.xenstore.client import Client
 
 pytestmark = [pytest.mark.features, pytest.mark.timeout(300)]
-SIZE = 8 * MIB
-WRITTEN = slice(2 * MIB, 4 * MIB)
-DROPPED = slice(5 * MIB, 6 * MIB)
+SIZE = 4 * MIB
+WRITTEN = slice(MIB, 3 * MIB)
+DROPPED = slice(3 * MIB, 4 * MIB)
 PAIRINGS = {
     "blkfront-xbbd": (Blkfront, OurXbbd),
     "xbd-blkback": (OurXbd, LinuxBlkback),
@@ -88,7 +88,9 @@ async def pairing(name: str, work: Path) -> AsyncIterator[tuple[Client, Front, B
             back: Back = OurXbbd(await stack.enter_async_context(serving(work / "run")))
         else:
             back = LinuxBlkback()
-        front = front_kind(await stack.enter_async_context(python_guest(store, "features", vcpus=2)))
+        front = front_kind(
+            await stack.enter_async_context(python_guest(store, "features", vcpus=2, memory=384))
+        )
         await front.start()
         yield store, front, back
 
@@ -147,7 +149,7 @@ async def used(rig: Rig, target: Target, setup: Setup) -> None:
     assert error == ""
     there = (await asyncio.to_thread(target.seen.read_bytes))[WRITTEN]
     assert hashlib.sha256(there).hexdigest() == written
-    error = await call(rig, "await short(name, at)", at=MIB + 4096 + 512)
+    error = await call(rig, "await short(name, at)", at=4096 + 512)
     assert front.sector_error in error if setup.sector > 512 else error == ""
     await same(rig, target)
     await discarded(rig, target, front, expected)
@@ -177,7 +179,7 @@ async def agreed(rig: Rig, spec: DeviceSpec, target: Target, setup: Setup, flush
     front = await nodes(rig.store, spec.paths.front)
     back = await nodes(rig.store, spec.paths.back)
     facts, counters = await rig.back.facts(spec.paths, back)
-    said = replace(facts, **await call(rig, "facts(name)"))
+    said = replace(facts, **dict(await call(rig, "facts(name)")))
     for found in (published(front, back), facts, said):
         assert found.otherwise(expected) == {}, (front, back)
     # What only one of them can know was said.

@@ -55,6 +55,7 @@ def files() -> Iterator[Path]:
     yield from (path for path in STDLIB.rglob("*") if path.is_file() and _kept(path))
     yield from (path for path in MODULES.rglob("*") if path.is_file())
     yield from (path for path in TREE.glob("src/**/*") if path.is_file())
+    yield from TREE.glob("xenbus.pyz")
     yield TREE / "tests/__init__.py"
     yield from (path for path in TREE.glob("tests/support/**/*") if path.is_file())
 
