@@ -160,7 +160,8 @@ def _error(function):
     try:
         function()
     except OSError as error:
-        return errno.errorcode[error.errno]
+        # One number has two names.
+        return errno.errorcode[error.errno].replace("ENOTSUP", "EOPNOTSUPP")
     return ""
 
 def _digest(name):
@@ -240,7 +241,7 @@ from xenbus.drivers.block.xbd import Xbd
 from xenbus.errors import UsageError
 
 def configure(options):
-    for key, value in options.items():
+    for key, value in options:
         setattr(Xbd, key, value)
 
 async def _error(call):
@@ -283,7 +284,8 @@ def facts(name):
     ).items()]
 
 def held():
-    return list(runtime.hv.held())
+    now = runtime.hv.held()
+    return [now.granted_pages, now.mapped_pages, now.ports]
 """
 
 
@@ -338,7 +340,8 @@ class OurXbd(XbdFront):
         await self.guest.call(_XBD, APPEAR)
 
     async def configure(self, setup: Setup) -> None:
-        await self.guest.call("configure(options)", options={**FRONT, **setup.front})
+        options = [list(pair) for pair in {**FRONT, **setup.front}.items()]
+        await self.guest.call("configure(options)", options=options)
 
 
 # -- backs
