@@ -1,5 +1,6 @@
 #!/bin/sh
 # /init of the lab's Linux guest: busybox, the modules in order, then each line from the console is evaluated.
+# With root=/dev/xvda on the kernel's command line that disk's /sbin/init goes on instead.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc
@@ -10,6 +11,13 @@ stty -echo -onlcr
 for module in $(cat /modules/order); do
   insmod "/modules/$module" || echo "insmod $module failed"
 done
+root=$(sed -n 's/.*\broot=\([^ ]*\).*/\1/p' /proc/cmdline)
+if [ -n "$root" ]; then
+  for i in $(seq 600); do [ -b "$root" ] && break; sleep 0.1; done
+  mount -t ext4 "$root" /mnt
+  for each in proc sys dev; do mount -o move "/$each" "/mnt/$each"; done
+  exec switch_root /mnt /sbin/init
+fi
 echo "guest is up"
 while read -r line; do
   eval "$line" </dev/null

@@ -1,4 +1,4 @@
-"""Makes the Python guest's initrd, in dom0: dom0's own Python, busybox, modules, the working tree's `src`.
+"""Makes the Python guest's initrd, in dom0: Python, busybox and e2fsprogs of dom0, modules, the tree's `src`.
 
     python3 /xenbus/tools/xen/python_guest.py /guest/python.cpio
 
@@ -21,6 +21,7 @@ from cpio import Writer
 HERE = Path(__file__).parent
 PYTHON = Path("/usr/bin/python3.11")
 STDLIB = Path("/usr/lib/python3.11")
+E2FS = (Path("/usr/sbin/mke2fs"), Path("/usr/sbin/e2fsck"))
 MODULES = Path("/usr/lib/modules")
 TREE = Path("/xenbus")
 # Never imported there, and unpacked by an emulated CPU at each of its boots.
@@ -32,10 +33,14 @@ LEFT_OUT = re.compile(
 
 
 def libraries() -> list[Path]:
-    """The shared libraries that Python and what is kept of its extension modules need, by ldd."""
+    """The shared libraries that the programs and what is kept of Python's extension modules need, by ldd."""
     extensions = [path for path in STDLIB.glob("lib-dynload/*.so") if _kept(path)]
     said = subprocess.run(
-        ["ldd", str(PYTHON), *map(str, extensions)], capture_output=True, text=True, check=True, timeout=60
+        ["ldd", *map(str, (PYTHON, *E2FS, *extensions))],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     return [Path(path) for path in sorted(set(re.findall(r"(/\S+\.so\S*) \(0x", said.stdout)))]
 
@@ -45,11 +50,12 @@ def _kept(path: Path) -> bool:
 
 
 def files() -> Iterator[Path]:
-    yield from (PYTHON, Path("/usr/bin/busybox"))
+    yield from (PYTHON, Path("/usr/bin/busybox"), *E2FS, Path("/etc/mke2fs.conf"))
     yield from libraries()
     yield from (path for path in STDLIB.rglob("*") if path.is_file() and _kept(path))
     yield from (path for path in MODULES.rglob("*") if path.is_file())
     yield from (path for path in TREE.glob("src/**/*") if path.is_file())
+    yield from TREE.glob("xenbus.pyz")
     yield TREE / "tests/__init__.py"
     yield from (path for path in TREE.glob("tests/support/**/*") if path.is_file())
 
