@@ -34,6 +34,7 @@ async def disk(runtime: DomainRuntime, guest: Guest, target: Path, **options) ->
         yield "/dev/xvda"
 
 
+@pytest.mark.features
 def test_reads_and_writes_arrive(tmp_path):
     async def main():
         file = tmp_path / "disk.img"
@@ -53,6 +54,7 @@ def test_reads_and_writes_arrive(tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.features
 @pytest.mark.parametrize("how", ["copied", "mapped"])
 def test_without_persistent_grants(tmp_path, monkeypatch, how):
     """Each request's pages are granted for it alone: copied, or mapped and unmapped; none stays mapped."""
@@ -181,6 +183,7 @@ def contents(file: Path, path: str) -> str:
     return sha256(copy)
 
 
+@pytest.mark.features
 def test_read_only(tmp_path):
     async def main():
         file = tmp_path / "disk.img"

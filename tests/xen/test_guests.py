@@ -9,7 +9,8 @@ import pytest
 from tests.support.dom0 import dom0
 from tests.support.xl_guest import GuestError, python_guest, xl_guest
 
-pytestmark = pytest.mark.timeout(240)
+# What these show every other test stands on, the pairings above all.
+pytestmark = [pytest.mark.timeout(240), pytest.mark.features]
 
 RUNTIME = """
 from xenbus.domain.runtime import DomainRuntime
