@@ -11,7 +11,7 @@ import fcntl
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,12 @@ from xenbus.domain.runtime import DomainRuntime
 from xenbus.domain.service import DomainService
 from xenbus.errors import UsageError, XenbusError
 from xenbus.newbus.runtime import end_task
-from xenbus.toolstack.burial import burying
+from xenbus.toolstack.burial import CLOSE_DEADLINE, bury_devices, burying
 from xenbus.toolstack.xenhost import run_directory
 
 log = logging.getLogger(__name__)
 
+LAST_BURIAL = CLOSE_DEADLINE + 2.0  # seconds
 STATUS_EVERY = 5.0  # seconds between two looks at what `systemctl status` shows
 # Why a runtime ends, by signal. After a hand-over the devices stay as they are, for the next process.
 SIGNALS = {signal.SIGTERM: "poweroff", signal.SIGINT: "poweroff", signal.SIGUSR1: "handover"}
@@ -114,14 +115,25 @@ async def _stop(runtime: DomainRuntime) -> None:
 @asynccontextmanager
 async def _around(runtime: DomainRuntime, served: Served, readiness: Readiness) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(_tell(runtime, readiness), name="status")]
-    if Side.BACK in served.sides:
-        burial = burying(runtime.store, served.types()[Side.BACK.value])
-        tasks.append(asyncio.create_task(burial, name="burial"))
+    kinds = served.types().get(Side.BACK.value, [])
+    tasks.append(asyncio.create_task(burying(runtime.store, kinds), name="burial"))
     try:
         yield
     finally:
         for task in tasks:
             await end_task(task)
+        await _last_burial(runtime, kinds)
+
+
+async def _last_burial(runtime: DomainRuntime, kinds: Sequence[str]) -> None:
+    """Whose guest went a moment ago; what is left of it would stay until the next process comes."""
+    if runtime.ended.done() and runtime.ended.result() == "lost":
+        return
+    try:
+        async with asyncio.timeout(LAST_BURIAL):
+            await bury_devices(runtime.store, kinds)
+    except (XenbusError, TimeoutError) as error:
+        log.warning("clearing up after dead guests: %s", error)
 
 
 async def _tell(runtime: DomainRuntime, readiness: Readiness) -> None:
