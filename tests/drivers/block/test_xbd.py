@@ -511,3 +511,14 @@ def test_buffers_of_other_shapes():
             await r.back_dev.unmap(mapped)
 
     with_raw_back(check)
+
+
+def test_a_read_only_disk_has_no_discard_whatever_its_back_end_says():
+    """As Linux's blkback, which offers it whether or not the disk may be written."""
+
+    async def check(r, back):
+        assert r.disk.readonly and not r.disk.discards
+
+    properties = {**RawBack.properties, "info": blkif.VDISK_READONLY}
+    offers = {**RawBack.offers, "feature-discard": 1}
+    with_raw_back(check, back=back_with(offers=offers, properties=properties))

@@ -239,7 +239,8 @@ class Xbd(XenbusDriver):
         geometry.physical_sector_size = said["physical-sector-size"] or sector
         geometry.flush = bool(agreed["flush"])
         geometry.barrier = bool(agreed["barrier"])
-        geometry.discard = bool(agreed["discard"])
+        # Linux's blkback offers it for read-only disks, too.
+        geometry.discard = bool(agreed["discard"]) and not geometry.readonly
         granularity = said["discard-granularity"] or sector
         if granularity % sector or said["discard-alignment"] % sector:
             geometry.discard = False  # no whole granule has whole sectors
