@@ -34,8 +34,7 @@ STATUS_EVERY = 5.0  # seconds between two looks at what `systemctl status` shows
 # Why a runtime ends, by signal. After a hand-over the devices stay as they are, for the next process.
 SIGNALS = {signal.SIGTERM: "poweroff", signal.SIGINT: "poweroff", signal.SIGUSR1: "handover"}
 JOURNALS = ".journals"  # below the run directory; no domain's name begins with a dot
-UNIT = Path(__file__).parent / "files" / "xenbus.service"
-SCRIPT = Path(__file__).parent / "files" / "block-xenbus"
+UNIT, SCRIPT = "xenbus.service", "block-xenbus"  # in `files` beside this module
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,6 @@ async def serve(serving: Serving, on_ready: Callable[[DomainRuntime], None]) -> 
             loop.add_signal_handler(number, runtime.end, reason)
         service = DomainService(runtime, {"serves": served.types()})
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(runtime.hv.close)
             stack.push_async_callback(_stop, runtime)
             stack.push_async_callback(service.close)
             await stack.enter_async_context(readiness.watchdog())
@@ -110,6 +108,7 @@ async def serve(serving: Serving, on_ready: Callable[[DomainRuntime], None]) -> 
 
 async def _stop(runtime: DomainRuntime) -> None:
     await runtime.stop(handover=runtime.ended.done() and runtime.ended.result() == "handover")
+    await runtime.hv.close()  # another one than at the start, if this domain was restored meanwhile
 
 
 @asynccontextmanager
@@ -161,11 +160,11 @@ def script_text() -> str:
     return _text(SCRIPT)
 
 
-def _text(path: Path) -> str:
+def _text(name: str) -> str:
     # Not by Path: from a zip (xenbus.pyz) there are no files.
     from importlib.resources import files
 
     try:
-        return (files("xenbus.toolstack") / "files" / path.name).read_text()
+        return (files("xenbus.toolstack") / "files" / name).read_text()
     except OSError as error:
-        raise XenbusError(f"{path.name}: {error}") from error
+        raise XenbusError(f"{name}: {error}") from error
