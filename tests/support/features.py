@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.support.fronts import APPEAR, XbdFront
@@ -382,6 +382,9 @@ class OurXbbd:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
 
+    def expected(self, setup: Setup) -> Facts:
+        return setup.expected()
+
     @asynccontextmanager
     async def target(self, file: Path, setup: Setup) -> AsyncIterator[Target]:
         """A file; a loop device, which counts flushes, where these are what is shown."""
@@ -432,6 +435,11 @@ class LinuxBlkback:
 
     name = "Linux xen-blkback"
     kind = "vbd"
+
+    def expected(self, setup: Setup) -> Facts:
+        """A read-only loop device has no cache that could be flushed, and blkback says so."""
+        facts = setup.expected()
+        return replace(facts, cache="none") if setup.readonly else facts
 
     @asynccontextmanager
     async def target(self, file: Path, setup: Setup) -> AsyncIterator[Target]:

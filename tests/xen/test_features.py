@@ -137,7 +137,7 @@ async def same(rig: Rig, target: Target) -> None:
 
 async def used(rig: Rig, target: Target, setup: Setup) -> None:
     """Reads, writes, discards, and what is to be refused is."""
-    front, expected = rig.front, setup.expected()
+    front, expected = rig.front, rig.back.expected(setup)
     await same(rig, target)
     before = await asyncio.to_thread(sha256, target.file)
     length = WRITTEN.stop - WRITTEN.start
@@ -175,7 +175,7 @@ async def discarded(rig: Rig, target: Target, front: Front, expected: Facts) -> 
 
 async def agreed(rig: Rig, spec: DeviceSpec, target: Target, setup: Setup, flushed: int) -> None:
     """By the nodes of both ends, by the front's own word, by the back's; and the requests that were made."""
-    expected = setup.expected()
+    expected = rig.back.expected(setup)
     front = await nodes(rig.store, spec.paths.front)
     back = await nodes(rig.store, spec.paths.back)
     facts, counters = await rig.back.facts(spec.paths, back)
