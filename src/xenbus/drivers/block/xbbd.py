@@ -268,7 +268,6 @@ class Xbbd(XenbusDriver):
             storage = await self._open()
             self._parameters = parameters
             try:
-                self._discard = await self._may_discard(storage)
                 await self._check_same_disk(storage)
                 await self._take_over(storage, parameters)
             except BaseException:
@@ -337,6 +336,7 @@ class Xbbd(XenbusDriver):
 
     async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
         dev = self.dev
+        self._discard = await self._may_discard(storage)
         grants = Grants(dev.map_ring, dev.unmap, self.max_persistent_grants if front.persistent else 0)
         self._grants = grants
 
