@@ -114,6 +114,7 @@ def _stick(after: int) -> None:
 
 
 async def _serve(given: argparse.Namespace) -> None:
+    import xenbus.drivers.block  # noqa: F401 - in the lab no package says that it is there
     from xenbus.bus import BackBus, Settings
     from xenbus.hypervisor.broker import connect
     from xenbus.hypervisor.linux import LinuxHypervisor

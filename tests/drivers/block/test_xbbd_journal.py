@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,11 @@ from tests.support.until import until
 from tests.support.vbd import SETTINGS, RawFront, rig
 
 from xenbus.bus import XenbusState
+from xenbus.bus import journals as journals_
+from xenbus.bus.journals import JournalBusy
 from xenbus.drivers.block import blkif
-from xenbus.drivers.block.xbbd_queue import QueueLink
+from xenbus.drivers.block.storage.schemes.file import FileStorage
+from xenbus.drivers.block.xbbd_queue import QueueLink, _locked
 from xenbus.ring.shared import RingError
 
 S = XenbusState
@@ -64,12 +68,11 @@ def test_a_front_that_begins_anew_gets_a_new_one(journals, image):
             await until(lambda: r.guest.front.devices and r.dom0.back.devices)
             await until(lambda: r.front_dev.state is S.CONNECTED)
             before = (journals / NAME).read_bytes()
+            seen = []
+            r.dom0.back.observe(lambda dev, what: seen.append((dev.state, names(journals))))
             await r.front_dev.set_state(S.INITIALISING)
-            await until(lambda: r.back_dev.state is S.INIT_WAIT)
-            assert names(journals) == []
-            await r.front.initialise()
-            # Its own driver may have done so, too: then the back end connects twice.
-            await until(lambda: r.back_dev.state is S.CONNECTED and names(journals) == [NAME])
+            await until(lambda: (S.INIT_WAIT, []) in seen)
+            await until(lambda: seen[-1] == (S.CONNECTED, [NAME]))
             assert (journals / NAME).read_bytes() != before
 
     asyncio.run(main())
@@ -134,5 +137,116 @@ def test_responses_that_were_written_over_end_the_device(journals, image, monkey
             assert "wrote over" in await r.error_of(r.bnode)
             await until(lambda: r.back_dev.state is S.CLOSED)
             assert names(journals) == []
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def connected_raw(journals, image, front=RawFront):
+    async with rig(front=front, settings=replace(SETTINGS, journals=journals)) as r:
+        await r.plug(image)
+        await until(lambda: r.guest.front.devices and r.dom0.back.devices)
+        await until(lambda: r.front_dev.state is S.CONNECTED)
+        yield r
+
+
+async def leave(r):
+    """This process's end, states as they are. What could not end, by node."""
+    failures = await r.dom0.back.release()
+    await r.dom0.front.detach()
+    await r.dom0.store.close()
+    return failures
+
+
+async def inherit(r, journals):
+    """Another process of the same domain."""
+    r.dom0 = await r.world.guest(0, replace(SETTINGS, journals=journals), inherits=True)
+    await r.dom0.attach()
+
+
+def test_a_front_that_began_anew_meanwhile_is_a_new_one(journals, image):
+    async def main():
+        async with connected_raw(journals, image) as r:
+            await leave(r)
+            await r.front_dev.set_state(S.INITIALISING)
+            await inherit(r, journals)
+            await until(lambda: r.front_dev.state is r.back_dev.state is S.CONNECTED)
+            assert said(r.back, "journal") == "kept" and await r.error_of(r.bnode) == ""
+            r.front.put(blkif.Op.READ, 1, 0, r.front.word(0))
+            r.front.push()
+            assert await r.front.answered(1) == [(1, 0, 0)]
+
+    asyncio.run(main())
+
+
+def test_a_front_that_has_asked_for_nothing_needs_no_journal(journals, image):
+    async def main():
+        async with connected_raw(journals, image) as r:
+            await leave(r)
+            (journals / NAME).unlink()
+            await r.front_dev.set_state(S.INITIALISED)
+            await inherit(r, journals)
+            await until(lambda: said(r.back, "journal") == "kept")
+            await until(lambda: r.front_dev.state is r.back_dev.state is S.CONNECTED)
+            assert await r.error_of(r.bnode) == ""
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("abi", [blkif.X86_64, blkif.X86_32], ids=lambda abi: abi.name)
+@pytest.mark.parametrize("order", [0, 2])
+def test_requests_of_every_layout_are_done_again(journals, image, monkeypatch, abi, order):
+    class Front(RawFront):
+        pass
+
+    Front.abi, Front.order = abi, order
+    hang = asyncio.Event()
+
+    async def writev(storage, offset, buffers):
+        await hang.wait()
+
+    async def main():
+        async with connected_raw(journals, image, Front) as r:
+            with monkeypatch.context() as patched:
+                patched.setattr("xenbus.drivers.block.xbbd.DRAIN_TIMEOUT", 0.05)
+                patched.setattr(FileStorage, "writev", writev)
+                for n in range(3):
+                    r.front.data.view[n * 4096] = n + 1
+                    r.front.put(blkif.Op.WRITE, 100 + n, n * 8, r.front.word(n))
+                r.front.put(blkif.Op.READ, 7, 64, r.front.word(9))
+                r.front.push()
+                assert await r.front.answered(1) == [(7, 0, 0)]
+                [failure] = (await leave(r)).values()
+                assert "in flight" in str(failure)
+            with pytest.raises(JournalBusy):  # for as long as the process lives whose writes may come
+                journals_.resume(journals, "backend/vbd/1/51712", 0, bytes(32), 32 << order, abi.request_size)
+            _locked.pop().close()
+            await inherit(r, journals)
+            assert sorted(await r.front.answered(4)) == [(7, 0, 0), (100, 1, 0), (101, 1, 0), (102, 1, 0)]
+            assert said(r.back, "requests_again") == 3
+            r.front.put(blkif.Op.READ, 8, 8, r.front.word(10))
+            r.front.push()
+            assert (await r.front.answered(5))[4] == (8, 0, 0)
+            assert r.front.data.view[10 * 4096] == 2
+
+    asyncio.run(main())
+
+
+def test_a_front_that_was_answered_and_not_told_is_told(journals, image):
+    class Mute:
+        def notify(self):
+            pass
+
+    async def main():
+        async with connected_raw(journals, image) as r:
+            queue = r.back._links[0].queue
+            queue._channel = Mute()
+            r.front.put(blkif.Op.READ, 7, 64, r.front.word(9))
+            r.front.push()
+            await until(lambda: queue._ring._published == 1)
+            assert await leave(r) == {} and r.front.answers == []
+            await inherit(r, journals)
+            assert await r.front.answered(1) == [(7, 0, 0)]
+            assert said(r.back, "requests_again") == 0
 
     asyncio.run(main())
