@@ -331,7 +331,7 @@ def test_probe_children_error(driver):
             await w.unplug()
             await until(lambda: not guest.front._errors._nodes)
             await settle(guest)
-            assert not await w.tool.exists("/local/domain/1/error")  # nothing is left of it
+            assert not await w.tool.exists("/local/domain/1/error/device")  # nothing is left of it
 
     asyncio.run(run())
 
@@ -407,7 +407,7 @@ def test_add_device_ignores_what_is_not_new():
                 await w.tool.write(f"{base}/{devid}/state", "1")
             await settle(guest)
             assert not guest.front.devices
-            assert not await w.tool.exists("/local/domain/1/error")
+            assert not await w.tool.exists("/local/domain/1/error/device")
             # The peer's keys, written after the state: found then.
             await w.tool.write(f"{base}/1/backend-id", "0")
             await w.tool.write(f"{base}/1/backend", w.back_node("toy", 1))

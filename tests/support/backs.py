@@ -48,10 +48,9 @@ async def loop_device(file: Path) -> AsyncIterator[Path]:
 
 
 class Xbbd:
-    """`xenbus serve --claim vbd`. `restarts`: it can be killed and started again under its guests."""
+    """`xenbus serve --claim vbd`, which can be killed and started again under its guests."""
 
     script = "block-xenbus"
-    restarts = True
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -74,7 +73,6 @@ class Blkback:
     """Linux's own, which is unloaded afterwards: it would have every vbd."""
 
     script = "block-physical"
-    restarts = False
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -87,9 +85,6 @@ class Blkback:
             yield
         finally:
             await program("modprobe", "-r", "xen-blkback")
-
-    async def kill_and_start(self) -> None:
-        raise NotImplementedError
 
 
 Back = Xbbd | Blkback

@@ -1,4 +1,4 @@
-"""Drivers with a trouble each, for the tests of the seed's defects."""
+"""Drivers, and a storage, with a trouble each, for the tests of the seed's defects and others."""
 
 from __future__ import annotations
 
@@ -106,3 +106,30 @@ class Hesitates(Recorder):
             self.heard.append(("wrote", await self.dev.set_state(S.INITIALISED, {"ring-ref": 8})))
 
     between = None
+
+
+class Gated:
+    """A real storage whose writes wait, and flushes if told to, and which remembers the order of both."""
+
+    def __init__(self, storage):
+        self._storage = storage
+        self.order = []
+        self.gate = asyncio.Event()
+        self.flushing = asyncio.Event()
+        self.flushing.set()
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+    def try_writev(self, offset, buffers):
+        return False
+
+    async def writev(self, offset, buffers):
+        await self.gate.wait()
+        self.order.append(offset // 4096)
+        await self._storage.writev(offset, buffers)
+
+    async def flush(self):
+        await self.flushing.wait()
+        self.order.append("flush")
+        await self._storage.flush()

@@ -13,9 +13,12 @@ import os
 import re
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tests.support import evidence
 from tests.support.guest_agent import MARK
@@ -59,7 +62,7 @@ class GuestError(AssertionError):
         self.args_there = answer["args"]
 
 
-class Guest:
+class Guest(ABC):
     """A domain made by xl, and its console. `said` is all of the console so far, over saves and restores."""
 
     def __init__(self, name: str, store: Client) -> None:
@@ -124,9 +127,9 @@ class Guest:
         except TimeoutError:
             raise AssertionError(f"no {pattern!r} from {self.name}: {self.said[-2000:]}") from None
 
+    @abstractmethod
     async def run(self, line: str, seconds: float = COMMAND_SECONDS) -> str:
         """The output of one line of shell; AssertionError if its exit code is not 0."""
-        raise NotImplementedError
 
     async def save(self, path: Path, seconds: float = 120.0) -> None:
         """`xl save`: the domain is gone afterwards, the handle waits for `restore`."""
@@ -203,28 +206,47 @@ class PythonGuest(Guest):
         return unpack(answer["value"])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """memory: MiB; disks: lines of xl-disk-configuration(5); extra: for the kernel's command line; config:
+    more lines of xl.cfg(5)"""
+
+    memory: int = 256
+    vcpus: int = 1
+    disks: Sequence[str] = ()
+    extra: str = ""
+    config: str = ""
+
+    def text(self, name: str, initrd: str | Path) -> str:
+        lines = [
+            'type="pv"',
+            f'name="{name}"',
+            f'kernel="{KERNEL}"',
+            f'ramdisk="{initrd}"',
+            f"memory={self.memory}",
+            f"vcpus={self.vcpus}",
+            f"disk={[*self.disks]!r}",
+            'on_crash="destroy"',
+            f'extra="{CONSOLE_LINE} {self.extra}"',
+            self.config,
+        ]
+        return "\n".join(lines) + "\n"
+
+
+G = TypeVar("G", bound=Guest)
+
+
 @asynccontextmanager
-async def _guest(guest, initrd, memory, vcpus, disks, extra, config) -> AsyncIterator[None]:
-    lines = [
-        'type="pv"',
-        f'name="{guest.name}"',
-        f'kernel="{KERNEL}"',
-        f'ramdisk="{initrd}"',
-        f"memory={memory}",
-        f"vcpus={vcpus}",
-        f"disk={[*disks]!r}",
-        'on_crash="destroy"',
-        f'extra="{CONSOLE_LINE} {extra}"',
-        config,
-    ]
+async def _made(guest: G, config: str) -> AsyncIterator[G]:
+    """Up when the body runs, destroyed after it."""
     try:
         with tempfile.TemporaryDirectory() as work:
             path = Path(work) / "guest.cfg"
-            path.write_text("\n".join(lines) + "\n")
+            path.write_text(config)
             await xl("create", "-q", str(path))
         await guest.attach()
         await guest.run("true", BOOT_SECONDS)
-        yield
+        yield guest
     except BaseException:
         evidence.note(**{f"console-{guest.name}": guest.said})
         raise
@@ -232,41 +254,15 @@ async def _guest(guest, initrd, memory, vcpus, disks, extra, config) -> AsyncIte
         await guest.destroy()
 
 
-@asynccontextmanager
-async def xl_guest(
-    store: Client,
-    name: str,
-    *,
-    memory: int = 256,
-    vcpus: int = 1,
-    disks: Sequence[str] = (),
-    extra: str = "",
-    config: str = "",
-) -> AsyncIterator[XlGuest]:
-    """A busybox guest with Linux's xen-blkfront, up when the body runs, destroyed after it.
-
-    memory: MiB; disks: lines of xl-disk-configuration(5); extra: for the kernel's command line; config: more
-    lines of xl.cfg(5)
-    """
-    guest = XlGuest(name, store)
-    async with _guest(guest, INITRD, memory, vcpus, disks, extra, config):
-        yield guest
+def xl_guest(store: Client, name: str, **keys: Any) -> AbstractAsyncContextManager[XlGuest]:
+    """A busybox guest with Linux's xen-blkfront; keys: Config's."""
+    return _made(XlGuest(name, store), Config(**keys).text(name, INITRD))
 
 
 @asynccontextmanager
-async def python_guest(
-    store: Client,
-    name: str,
-    *,
-    memory: int = 256,
-    vcpus: int = 1,
-    disks: Sequence[str] = (),
-    extra: str = "",
-    config: str = "",
-) -> AsyncIterator[PythonGuest]:
+async def python_guest(store: Client, name: str, **keys: Any) -> AsyncIterator[PythonGuest]:
     """The same with Python in it and without xen-blkfront, until a test runs `modprobe xen-blkfront`."""
     if not PYTHON_INITRD.exists():
         await program(sys.executable, "/xenbus/tools/xen/python_guest.py", str(PYTHON_INITRD), seconds=120)
-    guest = PythonGuest(name, store)
-    async with _guest(guest, PYTHON_INITRD, memory, vcpus, disks, extra, config):
+    async with _made(PythonGuest(name, store), Config(**keys).text(name, PYTHON_INITRD)) as guest:
         yield guest

@@ -133,13 +133,13 @@ exec /bin/busybox poweroff -f
 
 def root_image(file: Path, tree: Path) -> None:
     """A small system: busybox, an init that does what the console says, and the way to end."""
-    for name in ("bin", "sbin", "proc", "sys", "dev", "root"):
+    for name in ("bin", "sbin", "proc", "sys", "dev", "data"):
         (tree / name).mkdir(parents=True)
     shutil.copy2("/usr/bin/busybox", tree / "bin/busybox")
     for name, text in (("init", ROOT_INIT), ("poweroff", ROOT_POWEROFF)):
         (tree / "sbin" / name).write_text(text)
         (tree / "sbin" / name).chmod(0o755)
-    (tree / "root/mark").write_text("from dom0\n")
+    (tree / "data/mark").write_text("from dom0\n")
     with file.open("wb") as out:
         out.truncate(24 * MIB)
     e2fs("mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(file))
@@ -156,16 +156,16 @@ def test_a_guest_whose_root_it_is(tmp_path):
         async with await Client.connect(STORE) as store, back.up():
             async with xl_guest(store, "root", disks=[line], extra="root=/dev/xvda") as guest:
                 assert "/dev/xvda / ext4 rw" in await guest.run("cat /proc/mounts")
-                assert await guest.run("cat /root/mark") == "from dom0\n"
-                await guest.run("dd if=/dev/urandom of=/root/big bs=64k count=64 2>/dev/null")
-                big = (await guest.run("sha256sum /root/big")).split()[0]
-                await guest.run("mv /root/mark /root/seen")
+                assert await guest.run("cat /data/mark") == "from dom0\n"
+                await guest.run("dd if=/dev/urandom of=/data/big bs=64k count=64 2>/dev/null")
+                big = (await guest.run("sha256sum /data/big")).split()[0]
+                await guest.run("mv /data/mark /data/seen")
                 home = f"/local/domain/{guest.domid}"
                 await xl("shutdown", "root")
                 assert await store.wait_for(home, lambda value: value is None, 90) is None
             assert not await store.exists("backend/vbd")
-        assert await asyncio.to_thread(contents, file, "/root/big") == big
-        seen = await asyncio.to_thread(e2fs, "debugfs", "-R", "cat /root/seen", str(file))
+        assert await asyncio.to_thread(contents, file, "/data/big") == big
+        seen = await asyncio.to_thread(e2fs, "debugfs", "-R", "cat /data/seen", str(file))
         assert seen == "from dom0\n"
 
     asyncio.run(main())

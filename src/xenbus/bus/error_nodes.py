@@ -50,10 +50,11 @@ class ErrorNodes:
 
 
 async def _prune(tx: Transaction, path: str) -> None:
-    """In one transaction, so that an error written meanwhile beside it is a Conflict and not a loss."""
+    """In one transaction, so that an error written meanwhile beside it is a Conflict and not a loss. `error`
+    itself is the domain builder's and stays, as toolstack/devices.py has it."""
     try:
         await tx.rm(path)
-        while "/" in path:
+        while path.count("/") > 1:
             path = path.rpartition("/")[0]
             if await tx.directory(path):
                 return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Settings:
     journals: Path | None = None
 
 
-class XenBus:
+class XenBus(ABC):
     """One bus on one domain's xenstore0. `devices` by node; `device` is its own place in the tree."""
 
     side: ClassVar[Side]
@@ -142,9 +143,9 @@ class XenBus:
 
     # ---- overrides ----
 
+    @abstractmethod
     async def enumerate_type(self, device_type: str) -> list[str]:
         """The nodes of one type. StoreError."""
-        raise NotImplementedError
 
     async def otherend_changed(self, dev: XenbusDevice, state: XenbusState) -> None:
         """seed: xenbusb_otherend_changed: the driver's."""
@@ -160,7 +161,7 @@ class XenBus:
         if dev.hears_local and dev.driver is not None:
             await life.call(dev, "localend_changed", dev.driver.localend_changed(path))
 
-    async def closed(self, dev: XenbusDevice) -> None:
+    async def closed(self, dev: XenbusDevice) -> None:  # noqa: B027 - the back bus alone does something
         """An orderly detach has put the device to Closed."""
 
     async def is_restored(self) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import random
 
 import pytest
+from tests.support.troubled import Gated
 from tests.support.until import until
 from tests.support.vbd import RawFront, RawQueues, rig
 
@@ -218,33 +219,6 @@ def test_closed_by_the_toolstack_with_its_nodes_still_there():
     asyncio.run(run())
 
 
-class _Gated:
-    """A real storage whose writes wait, and flushes if told to, and which remembers the order of both."""
-
-    def __init__(self, storage):
-        self._storage = storage
-        self.order = []
-        self.gate = asyncio.Event()
-        self.flushing = asyncio.Event()
-        self.flushing.set()
-
-    def __getattr__(self, name):
-        return getattr(self._storage, name)
-
-    def try_writev(self, offset, buffers):
-        return False
-
-    async def writev(self, offset, buffers):
-        await self.gate.wait()
-        self.order.append(offset // 4096)
-        await self._storage.writev(offset, buffers)
-
-    async def flush(self):
-        await self.flushing.wait()
-        self.order.append("flush")
-        await self._storage.flush()
-
-
 def test_a_barrier_is_kept_over_all_queues():
     """A back end keeps it in one ring only: the front waits for all before it, and holds back the rest."""
 
@@ -252,7 +226,7 @@ def test_a_barrier_is_kept_over_all_queues():
         async with rig(front=front_with(num_queues=3)) as r:
             await r.plug("memory:1M")
             await r.connected()
-            gated = _Gated(r.back._storage)
+            gated = Gated(r.back._storage)
             for link in r.back._links:
                 link.queue._storage = gated
             early = [asyncio.ensure_future(r.disk.write(n * 4096, b"e" * 4096)) for n in range(9)]
@@ -280,7 +254,7 @@ def test_a_barrier_that_is_cancelled_does_not_hold_up_the_others():
         async with rig(front=front_with(num_queues=2)) as r:
             await r.plug("memory:1M")
             await r.connected()
-            gated = _Gated(r.back._storage)
+            gated = Gated(r.back._storage)
             for link in r.back._links:
                 link.queue._storage = gated
             write = asyncio.ensure_future(r.disk.write(0, bytes(4096)))
@@ -312,7 +286,7 @@ def test_a_flush_covers_what_other_queues_answered():
         async with rig(front=front_with(num_queues=4)) as r:
             await r.plug("memory:1M")
             await r.connected()
-            gated = _Gated(r.back._storage)
+            gated = Gated(r.back._storage)
             gated.gate.set()
             for link in r.back._links:
                 link.queue._storage = gated
@@ -354,7 +328,7 @@ def test_a_suspend_waits_for_every_queue():
         async with rig(front=front_with(num_queues=2)) as r:
             await r.plug("memory:1M")
             await r.connected()
-            gated, queue = _Gated(r.back._storage), r.front.queue
+            gated, queue = Gated(r.back._storage), r.front.queue
             for link in r.back._links:
                 link.queue._storage = gated
             write = asyncio.ensure_future(r.disk.write(0, bytes(4096)))
@@ -387,7 +361,7 @@ def test_what_was_in_flight_on_any_queue_goes_out_again(monkeypatch):
             await r.plug("memory:4M")
             await r.connected()
             front_dev, disk, queue = r.front_dev, r.disk, r.front.queue
-            gated = _Gated(r.back._storage)
+            gated = Gated(r.back._storage)
             for link in r.back._links:
                 link.queue._storage = gated
             writes = [
@@ -470,7 +444,7 @@ def test_a_barrier_of_one_queue_is_no_other_queues():
     async def run():
         async with rig(front=lying()) as r:
             front = await raw(r)
-            gated = _Gated(r.back._storage)
+            gated = Gated(r.back._storage)
             for link in r.back._links:
                 link.queue._storage = gated
             front.put(Op.WRITE, 1, 0, front.word(0))

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from tests.support.troubled import Gated
 from tests.support.until import until
 from tests.support.vbd import rig
 
 from xenbus.drivers.block import xbbd_io
-
-
-class Stuck:
-    """A real storage whose writes wait for a gate."""
-
-    def __init__(self, storage):
-        self._storage = storage
-        self.gate = asyncio.Event()
-
-    def __getattr__(self, name):
-        return getattr(self._storage, name)
-
-    def try_writev(self, offset, buffers):
-        return False
-
-    async def writev(self, offset, buffers):
-        await self.gate.wait()
-        await self._storage.writev(offset, buffers)
 
 
 def test_what_is_in_flight_is_bounded_in_pages(monkeypatch):
@@ -37,7 +20,7 @@ def test_what_is_in_flight_is_bounded_in_pages(monkeypatch):
         async with rig() as r:
             await r.plug("memory:4M")
             await r.connected()
-            stuck = Stuck(r.back._storage)
+            stuck = Gated(r.back._storage)
             (link,) = r.back._links
             link.queue._storage = stuck
             data = [bytes([n]) * 8 * 4096 for n in range(30)]

@@ -158,7 +158,9 @@ def test_garbage_on_the_ring_ends_the_device_with_a_word_on_it(what):
             await disk.read(0, 512)
         await until(lambda: front_dev.state is XenbusState.CLOSED)
         assert "response" in await r.error_of(r.fnode) or "rsp_prod" in await r.error_of(r.fnode)
-        assert not any(front_dev.counts().values())
+        await until(
+            lambda: not any(front_dev.counts().values())
+        )  # the pages once the back end is Closed, too
 
     with_raw_back(check)
 
@@ -522,3 +524,26 @@ def test_a_read_only_disk_has_no_discard_whatever_its_back_end_says():
     properties = {**RawBack.properties, "info": blkif.VDISK_READONLY}
     offers = {**RawBack.offers, "feature-discard": 1}
     with_raw_back(check, back=back_with(offers=offers, properties=properties))
+
+
+def test_its_pages_are_revoked_when_the_back_end_has_let_go_of_them():
+    """Whoever revokes what is mapped waits long for it on Linux (gnttab_handle_deferred)."""
+
+    async def check(r, back):
+        dev, revoked, alone = r.front_dev, [], r.guest.hv.revoke
+        mapped = r.dom0.hv.held
+
+        async def revoke(pages):
+            revoked.append(mapped().mapped_pages)
+            await alone(pages)
+
+        r.guest.hv.revoke = revoke
+        read = asyncio.ensure_future(r.disk.read(0, 4096))
+        await back.asked(1)
+        back.answer(ident_of(back, back.requests[0]), Op.READ, OKAY)
+        await read
+        assert mapped().mapped_pages and dev.counts()["granted_pages"]
+        await asyncio.wait_for(r.guest.front.detach(), 10)
+        assert revoked and not any(revoked)
+
+    with_raw_back(check)

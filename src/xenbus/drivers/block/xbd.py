@@ -20,10 +20,14 @@ from xenbus.drivers.block.operations import DiskOperations
 from xenbus.drivers.block.xbd_io import Connection, Queue
 from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin
 from xenbus.drivers.block.xbd_queue import TRANSPORT_KEY, FrontLink
-from xenbus.errors import LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
 
 # Seconds for the back end to answer what is in flight when either side closes, or when we are suspended.
 DRAIN_TIMEOUT = 5.0
+# Seconds that a back end has to unmap our pages once we are Closed and being detached.
+UNMAP_TIMEOUT = 3.0
+# A back end that stands there may have pages of ours mapped.
+_MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
 
 RING_ORDER = Feature("ring-page-order", Merge.LEAST, key="ring-page-order", peer_key="max-ring-page-order")
 QUEUES = Feature("queues", Merge.LEAST, default=1, peer_key="multi-queue-max-queues", least=1)
@@ -115,6 +119,7 @@ class Xbd(XenbusDriver):
                 await self._operations.close()
             if not dev.gone and dev.state is not XenbusState.CLOSED:
                 await self._close(LinkDown(f"{dev.nameunit} is being detached"), DRAIN_TIMEOUT)
+                await self._unmapped()
         finally:
             # Also when the deadline of a detach ended it: no caller is left waiting for a disk that is gone.
             await self._tear_down(LinkDown(f"{dev.nameunit} is gone"))
@@ -255,9 +260,11 @@ class Xbd(XenbusDriver):
         )
 
     async def _closed(self) -> None:
-        """Closed, or its node is gone: nobody will answer any more."""
+        """Closed, or its node is gone: nobody will answer any more, and nobody has our pages."""
         if self.dev.state is not XenbusState.INITIALISING:
-            await self._close(LinkDown(f"{self.dev.nameunit}: the back end ({self.dev.otherend}) is gone"), 0)
+            gone = LinkDown(f"{self.dev.nameunit}: the back end ({self.dev.otherend}) is gone")
+            await self._close(gone, 0)
+            await self._tear_down(gone)
 
     # -- the end
 
@@ -269,8 +276,19 @@ class Xbd(XenbusDriver):
         self.queue.held = True
         if drain:
             await self._drain(drain)
-        await self._tear_down(why)
+        await self._stop(why)
         await dev.set_state(XenbusState.CLOSED)
+
+    async def _unmapped(self) -> None:
+        """Until the back end has let go of our pages, which it does when it sees us Closed, or has had its
+        time: what is revoked while it is mapped Linux gives back ten pages a second, all others behind it."""
+        dev = self.dev
+        if dev.otherend_state not in _MAPS or not self._links:
+            return
+        try:
+            await dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
+        except (DeadlineError, LinkDown) as error:
+            dev.log.warning("its pages are revoked though they may be mapped: %s", error)
 
     async def _drain(self, seconds: float) -> None:
         """Until nothing is on the ring, or the time is over."""
@@ -289,10 +307,16 @@ class Xbd(XenbusDriver):
         finally:
             queue.on_idle = None
 
-    async def _tear_down(self, why: XenbusError) -> None:
-        """Every caller is told, every page and port given back. Idempotent."""
+    async def _stop(self, why: XenbusError) -> None:
+        """Every caller is told, nothing more goes out or comes in. The pages stay granted. Idempotent."""
         self.disk.now_gone(why)
         self.queue.disconnect()
+        for link in self._links:
+            await link.close_port()
+
+    async def _tear_down(self, why: XenbusError) -> None:
+        """The same, and every page is given back. Idempotent."""
+        await self._stop(why)
         links, self._links = self._links, []
         for link in links:
             await link.give_back()

@@ -78,12 +78,16 @@ class FrontLink:
         if self._ring is not None:
             self._ring.release()
 
-    async def give_back(self) -> None:
-        """Port, data pages and ring. The queue has let go of the connection. Idempotent."""
-        dev = self._dev
+    async def close_port(self) -> None:
+        """The queue has let go of the connection: no kick of it any more. Idempotent."""
         channel, self._channel = self._channel, None
         if channel is not None:
-            await dev.close_evtchn(channel)
+            await self._dev.close_evtchn(channel)
+
+    async def give_back(self) -> None:
+        """Port, data pages and ring. Idempotent."""
+        dev = self._dev
+        await self.close_port()
         connection, self.connection = self.connection, None
         if connection is not None:
             await connection.pool.close()

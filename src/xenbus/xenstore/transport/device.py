@@ -71,12 +71,6 @@ class DeviceTransport(StreamTransport):
         if receiver is not None:
             receiver.data_received(reply)
 
-    def _read_into(self, buffer: memoryview) -> int:
-        return os.readv(self._fd, [buffer])
-
-    def _close_fd(self) -> None:
-        os.close(self._fd)
-
 
 class DevicePipe:
     """The same device for a caller that blocks."""
