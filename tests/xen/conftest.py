@@ -23,10 +23,3 @@ def pytest_runtest_makereport(item, call):
         from tests.support import evidence  # not before its asserts are to be rewritten
 
         evidence.note()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """test_linux.py first: it waits until pages of a dead process are withdrawn. Pages that were revoked
-    while the other end had them mapped Linux frees ten a second, in a row (gnttab_handle_deferred), and a
-    disk with both ends in dom0 leaves thousands."""
-    items.sort(key=lambda item: item.path.name != "test_linux.py")
