@@ -517,7 +517,7 @@ class SyncClient:
     def get_quota(self, name: str, domid: int | None = None) -> int:
         """The global value (the default of new domains) without `domid`."""
         value: str = self._ask(Op.GET_QUOTA, name, name, domid)
-        if not value.isdecimal():
+        if not (value.isdecimal() and len(value) <= 20):
             raise PeerError(f"quota {name}: {value!r} is not a number")
         return int(value)
 

@@ -333,6 +333,21 @@ def test_a_local_connection_has_the_rights_of_its_domain(tmp_path: Path) -> None
     asyncio.run(run())
 
 
+def test_a_report_goes_to_a_file_and_never_stops_the_daemon(tmp_path: Path) -> None:
+    async def run() -> None:
+        os.mkfifo(tmp_path / "fifo")
+        async with daemon_at(tmp_path / "socket"):
+            client = await RawStore.connect(tmp_path / "socket")
+            for name in ("fifo", "none/report", "."):
+                assert await client.ask(Op.CONTROL, "memreport", str(tmp_path / name)) == b"!EIO"
+            for _ in range(2):
+                assert await client.ask(Op.CONTROL, "memreport", str(tmp_path / "report")) == b"OK\0"
+            assert (tmp_path / "report").read_text().count("domain 0: nodes 5 ") == 2, "it is added to"
+            client.close()
+
+    asyncio.run(run())
+
+
 NOISE = st.one_of(
     st.binary(min_size=1, max_size=60),
     st.builds(

@@ -205,7 +205,9 @@ class Daemon:
 
     def write_report(self, name: str, text: str) -> bool:
         try:
-            with Path(name).open("a") as file:
+            # Not blocking: a FIFO that nobody reads must not stop the daemon.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            with os.fdopen(os.open(name, flags, 0o600), "w") as file:
                 file.write(text)
         except (OSError, ValueError) as exc:
             _log.warning("no report in %s: %s", name, exc)

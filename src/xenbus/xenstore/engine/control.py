@@ -77,6 +77,11 @@ def _print(engine: Engine, words: list[str]) -> str:
     return "OK"
 
 
+def _is_number(word: str) -> bool:
+    """Decimal digits: of ASCII, which str.isdigit alone does not say, and not thousands of them."""
+    return word.isascii() and word.isdigit() and len(word) <= 20
+
+
 def _usage(engine: Engine, domid: int) -> dict[str, int]:
     domain = engine.domains.get(domid)
     if domain is None:
@@ -91,7 +96,7 @@ def _usage(engine: Engine, domid: int) -> dict[str, int]:
 
 
 def _quota_set(engine: Engine, words: list[str], prefix: str) -> str:
-    if len(words) != 2 or not words[1].isdigit() or not int(words[1]):
+    if len(words) != 2 or not _is_number(words[1]) or not int(words[1]):
         raise Fail("EINVAL")
     name, value = prefix + words[0], int(words[1])
     try:
@@ -120,7 +125,7 @@ def _quota(engine: Engine, words: list[str]) -> str:
         return _quota_set(engine, words[1:], "")
     if words[0] == "max":
         return _quota_max(engine, words[1:])
-    if len(words) != 1 or not words[0].isdigit():
+    if len(words) != 1 or not _is_number(words[0]):
         raise Fail("EINVAL")
     rows = (f"{name:<17}: {value:8d}\n" for name, value in _usage(engine, int(words[0])).items())
     return f"Domain {int(words[0])}:\n" + "".join(rows)
