@@ -39,8 +39,13 @@ lint: $(STAMP) ## ruff, mypy, the import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## benchmarks (BENCH="--quick block")
+bench: $(VENV)/.bench ## benchmarks (BENCH="--quick block")
 	$(BIN)/python -m bench $(BENCH)
+
+# With the peers that PyPI has; Debian's are named in docs/bench.md.
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	touch $@
 
 pyz: xenbus.pyz ## the command in one file, which python3 runs with nothing installed
 

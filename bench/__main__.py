@@ -13,6 +13,7 @@ BENCHES = {
     "block": "bench.block",
     "devices": "bench.devices",
     "startup": "bench.startup",
+    "store": "bench.store",
 }
 
 
