@@ -8,20 +8,19 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, UsageError
+from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 if TYPE_CHECKING:
-    from xenbus.xenstore.sync import SyncClient, Transaction
+    from xenbus.xenstore.sync import SyncClient
 
 F = TypeVar("F", bound=Callable[..., Any])
-BATCH = 64  # children read in one go
 
 
 def address(directory: Path | None, socket: Path | None) -> str:
@@ -95,58 +94,6 @@ def jsonable(value: bytes | None) -> object:
         return {"base64": base64.b64encode(value).decode()}
 
 
-def _child(path: str, name: str) -> str:
-    return f"/{name}" if path == "/" else f"{path}/{name}"
-
-
-Node = tuple[int, str, bytes | None]
-
-
-def walk(client: SyncClient, top: str) -> Iterator[Node]:
-    """(depth, path, value) of all below `top`, as the store lists them; no recursion, whatever its depth.
-
-    A node that goes meanwhile is left out; one whose value may not be read has None.
-    """
-    level = list(_children(client, top, 0))
-    stack = [iter(level)]
-    while stack:
-        node = next(stack[-1], None)
-        if node is None:
-            stack.pop()
-            continue
-        yield node
-        try:
-            stack.append(iter(list(_children(client, node[1], node[0] + 1))))
-        except NoEntry:
-            continue
-
-
-def _children(client: SyncClient, path: str, depth: int) -> Iterator[Node]:
-    names = client.directory(path)
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
-        for name, value in _values(client, path, batch).items():
-            yield depth, _child(path, name), value
-
-
-def _values(client: SyncClient, path: str, names: list[str]) -> dict[str, bytes | None]:
-    from xenbus.errors import StoreError
-
-    try:
-        return client.gather(path, dict.fromkeys(names, bytes), dict.fromkeys(names))
-    except StoreError:  # one of them is not ours to read
-        return {name: _value(client, _child(path, name)) for name in names}
-
-
-def _value(client: SyncClient, path: str) -> bytes | None:
-    from xenbus.errors import StoreError
-
-    try:
-        return client.read(path)
-    except StoreError:
-        return None
-
-
 def _perms(client: SyncClient, path: str) -> list[str]:
     return [str(perm) for perm in client.get_perms(path)]
 
@@ -181,21 +128,20 @@ def ls(connect: Callable[[], SyncClient], path: str, full: bool, perms: bool, as
       xenbus store ls -f /local/domain/1/device
     """
     with connect() as client:
-        listed: dict[str, object] = {}
-        for depth, node, value in walk(client, path):
-            try:
-                rights = _perms(client, node) if perms else None
-            except NoEntry:
-                continue
-            if as_json:
-                shown = jsonable(value)
-                listed[node] = shown if rights is None else {"value": shown, "perms": rights}
-                continue
-            name = node if full else " " * depth + node.rpartition("/")[2]
-            line = f"{name}:" if value is None else f'{name} = "{escaped(value)}"'
-            click.echo(line if rights is None else f"{line}  ({','.join(rights)})")
+        top, *nodes = client.walk(path, perms)
+    listed: dict[str, object] = {}
+    above = top.path.rstrip("/").count("/") + 1
+    for node in nodes:
+        rights = [str(perm) for perm in node.perms or ()] if perms else None
         if as_json:
-            emit(listed, True, "")
+            shown = jsonable(node.value)
+            listed[node.path] = shown if rights is None else {"value": shown, "perms": rights}
+            continue
+        name = node.path if full else " " * (node.path.count("/") - above) + node.path.rpartition("/")[2]
+        line = f"{name}:" if node.value is None else f'{name} = "{escaped(node.value)}"'
+        click.echo(line if rights is None else f"{line}  ({','.join(rights)})")
+    if as_json:
+        emit(listed, True, "")
 
 
 @command.command("read")
@@ -240,11 +186,10 @@ def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
             client.write(*pairs)
             return
 
-        def all_of_them(tx: Transaction) -> None:
-            for path, value in zip(pairs[::2], pairs[1::2], strict=True):
-                tx.write(path, value)
-
-        client.transaction(all_of_them)
+        batch = client.batch()
+        for path, value in zip(pairs[::2], pairs[1::2], strict=True):
+            batch.write(path, value)
+        batch.commit()
 
 
 @command.command("mkdir")

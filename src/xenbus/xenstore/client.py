@@ -8,23 +8,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from math import inf
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
+from xenbus.errors import (
+    Conflict,
+    DeadlineError,
+    LinkDown,
+    NoEntry,
+    PeerError,
+    UsageError,
+    XenbusError,
+)
+from xenbus.xenstore import batch, calls
+from xenbus.xenstore.calls import Call, Path, Program, describe
 from xenbus.xenstore.events import EventStream
-from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchRecord, checked
+from xenbus.xenstore.session import Event, Session, WatchRecord
+from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
 from xenbus.xenstore.transport import Busy, Transport, default_address, resolve
-from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Op
-from xenbus.xenstore.wire.paths import join
-from xenbus.xenstore.wire.perms import Perm
 
 log = logging.getLogger("xenbus.xenstore")
+P = ParamSpec("P")
 T = TypeVar("T")
 # Seconds.
 REQUEST_TIMEOUT = 30.0
@@ -33,13 +41,68 @@ BUSY_PAUSE = 0.01
 MAX_TRANSACTIONS = 8
 
 
+class Asker:
+    """Whoever can send calls: a client, or one of its transactions."""
+
+    __slots__ = ()
+
+    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
+        raise NotImplementedError
+
+    async def _drive(self, program: Program[T]) -> T:
+        raise NotImplementedError
+
+
+# Bound to a name of a class, an operation is a coroutine function with its own arguments and result.
+Method = Callable[Concatenate[Asker, P], Coroutine[Any, Any, T]]
+
+
+def _one(make: Callable[P, Call[T]]) -> Method[P, T]:
+    async def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = make(*args, **kwargs)
+        return call.parse(await self._submit(call))
+
+    described: Method[P, T] = describe(method, make)
+    return described
+
+
+def _rounds(make: Callable[P, Program[T]]) -> Method[P, T]:
+    async def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._drive(make(*args, **kwargs))
+
+    described: Method[P, T] = describe(method, make)
+    return described
+
+
+class Nodes(Asker):
+    """What a client and a transaction can both do: see calls.py."""
+
+    __slots__ = ()
+
+    read = _one(calls.read)
+    read_str = _one(calls.read_str)
+    write = _one(calls.write)
+    mkdir = _one(calls.mkdir)
+    rm = _one(calls.rm)
+    get_perms = _one(calls.get_perms)
+    set_perms = _one(calls.set_perms)
+    get = _rounds(calls.get)
+    exists = _rounds(calls.exists)
+    directory = _rounds(calls.directory)
+    gather = _rounds(calls.gather)
+    walk = _rounds(calls.walk)
+    dump = _rounds(calls.dump)
+
+
 class Watch(WatchRecord):
     """A watch that fires until it is closed: `path` and `token` as the store knows them."""
 
     __slots__ = ("_client",)
 
-    def __init__(self, client: Client, path: str, token: int, callback: Callable[[str], None]) -> None:
-        super().__init__(path, token, callback)
+    def __init__(
+        self, client: Client, path: str, token: int, callback: Callable[[Event], object], depth: int | None
+    ) -> None:
+        super().__init__(path, token, callback, depth)
         self._client = client
 
     async def close(self) -> None:
@@ -47,53 +110,50 @@ class Watch(WatchRecord):
         await self._client._unwatch(self)
 
 
-class Transaction:
+class Transaction(Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "ended", "id")
+    __slots__ = ("_client", "ended", "id", "touched")
 
     def __init__(self, client: Client, tx_id: int) -> None:
         self._client = client
         self.id = tx_id
         self.ended = False
+        self.touched = Touched()
 
-    def read(self, path: str) -> Coroutine[Any, Any, bytes]:
-        return self._client.read(path, self)
+    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
+        if self.ended:
+            raise UsageError(f"transaction {self.id} has ended")
+        call.tx_id = self.id
+        self.touched.add(call)
+        return self._client._submit(call)
 
-    def read_str(self, path: str) -> Coroutine[Any, Any, str]:
-        return self._client.read_str(path, self)
-
-    def write(self, path: str, value: bytes | str) -> Coroutine[Any, Any, None]:
-        return self._client.write(path, value, self)
-
-    def mkdir(self, path: str) -> Coroutine[Any, Any, None]:
-        return self._client.mkdir(path, self)
-
-    def rm(self, path: str) -> Coroutine[Any, Any, None]:
-        return self._client.rm(path, self)
-
-    def directory(self, path: str) -> Coroutine[Any, Any, list[str]]:
-        return self._client.directory(path, self)
-
-    def exists(self, path: str) -> Coroutine[Any, Any, bool]:
-        return self._client.exists(path, self)
-
-    def get_perms(self, path: str) -> Coroutine[Any, Any, list[Perm]]:
-        return self._client.get_perms(path, self)
-
-    def set_perms(self, path: str, perms: Iterable[Perm | str]) -> Coroutine[Any, Any, None]:
-        return self._client.set_perms(path, perms, self)
-
-    def gather(
-        self,
-        directory: str,
-        wanted: Mapping[str, Callable[[bytes], Any]],
-        defaults: Mapping[str, Any] | None = None,
-    ) -> Coroutine[Any, Any, dict[str, Any]]:
-        return self._client.gather(directory, wanted, defaults, self)
+    async def _drive(self, program: Program[T]) -> T:
+        return await self._client._drive(program, self._submit)
 
 
-class Client:
+class Batch(batch.Batch):
+    """Operations that are sent together; made by `Client.batch`."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self._client = client
+
+    async def send(self) -> list[Any]:
+        """All in one write. What each came to, in order: its result, or its StoreError (so have the
+        replies). Raised is what is nobody's own: LinkDown, DeadlineError, PeerError."""
+        outcomes = self._settle(await self._client._drive(calls.together(self._requests())))
+        return batch.own_errors(outcomes)
+
+    async def commit(self, *, attempts: int | None = None, policy: RetryPolicy = RETRY) -> list[Any]:
+        """All in one transaction, in two round trips; again, by `policy`, while it meets a Conflict.
+        Their results, in order. If one of them fails nothing is changed, and its error is raised."""
+        return self._settle(await self._client._commit(self, attempts, policy))
+
+
+class Client(Nodes):
     """One connection. Made by `connect`, inside the loop that it then belongs to.
 
     timeout: seconds that the store has for a reply; DeadlineError after that. May be changed at any time.
@@ -213,17 +273,13 @@ class Client:
 
     # ---- requests ----
 
-    def _submit(
-        self, op: Op, path: str, payload: bytes, tx: Transaction | None = None
-    ) -> asyncio.Future[bytes]:
+    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
         """The future of one reply's payload. Requests of one loop turn share a write."""
-        if tx is not None and tx.ended:
-            raise UsageError(f"transaction {tx.id} has ended")
         loop, timeout = self._loop, self.timeout
         waiter: asyncio.Future[bytes] = loop.create_future()
         deadline = loop.time() + timeout
         session = self._session
-        session.submit(op, path, payload, tx.id if tx is not None else 0, waiter, deadline, timeout)
+        session.submit(call, waiter, deadline, timeout)
         if session.out and not self._flushing:
             self._flushing = True
             loop.call_soon(self._flush)
@@ -232,9 +288,57 @@ class Client:
             self._arm(deadline)
         return waiter
 
-    async def _ask(self, op: Op, path: str, *args: Any, tx: Transaction | None = None) -> Any:
-        codec = CODECS[op]
-        return codec.parse_reply(await self._submit(op, path, codec.request(*args), tx))
+    async def _ask(self, call: Call[T]) -> T:
+        """Cancelled between the reply and our turn to see it, what it made is undone."""
+        waiter = self._submit(call)
+        try:
+            return call.parse(await waiter)
+        except asyncio.CancelledError:
+            self._disown(call, waiter)
+            raise
+
+    def _disown(self, call: Call[Any], waiter: asyncio.Future[bytes]) -> None:
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self._session.disown(call, waiter.result())
+            self._kick()
+
+    async def _drive(
+        self, program: Program[T], submit: Callable[[Call[Any]], asyncio.Future[bytes]] | None = None
+    ) -> T:
+        """Asks what `program` asks, round by round. Its result."""
+        try:
+            asked = next(program)
+            while True:
+                asked = program.send(await self._round(asked, submit or self._submit))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            program.close()
+            self._kick()
+
+    async def _round(
+        self, asked: Sequence[Call[Any]], submit: Callable[[Call[Any]], asyncio.Future[bytes]]
+    ) -> list[Any]:
+        waiters = [submit(call) for call in asked]
+        outcomes: list[Any] = []
+        try:
+            for call, waiter in zip(asked, waiters, strict=True):
+                try:
+                    outcomes.append(call.parse(await waiter))
+                except XenbusError as exc:
+                    outcomes.append(exc)
+        except BaseException:
+            for call, waiter in zip(asked, waiters, strict=True):
+                self._disown(call, waiter)
+                waiter.cancel()
+            raise
+        return outcomes
+
+    def _kick(self) -> None:
+        if self._session.out and not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -254,110 +358,31 @@ class Client:
         self._timer = None
         self._arm(self._session.expire(self._loop.time()))
 
-    # ---- nodes ----
-
-    async def read(self, path: str, tx: Transaction | None = None) -> bytes:
-        """The node's value."""
-        return await self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx)
-
-    async def read_str(self, path: str, tx: Transaction | None = None) -> str:
-        """The value as text: UTF-8, bytes that are none kept as surrogates."""
-        return (await self.read(path, tx)).decode("utf-8", "surrogateescape")
-
-    async def write(self, path: str, value: bytes | str, tx: Transaction | None = None) -> None:
-        """Makes missing parents, with empty values."""
-        await self._ask(Op.WRITE, path, checked(Op.WRITE, path), value, tx=tx)
-
-    async def mkdir(self, path: str, tx: Transaction | None = None) -> None:
-        """A node that exists keeps its value."""
-        await self._ask(Op.MKDIR, path, checked(Op.MKDIR, path), tx=tx)
-
-    async def rm(self, path: str, tx: Transaction | None = None) -> None:
-        """The node and all below it. A missing one is fine, a missing parent is NoEntry."""
-        await self._ask(Op.RM, path, checked(Op.RM, path), tx=tx)
-
-    async def directory(self, path: str, tx: Transaction | None = None) -> list[str]:
-        """The children's names; a list too long for one reply is fetched in parts, of one generation."""
-        try:
-            names: list[str] = await self._ask(Op.DIRECTORY, path, checked(Op.DIRECTORY, path), tx=tx)
-        except StoreError as exc:
-            if exc.name != "E2BIG":
-                raise
-            return await self._directory_parts(path, tx)
-        return names
-
-    async def _directory_parts(self, path: str, tx: Transaction | None) -> list[str]:
-        listing, start = Listing(), self._loop.time()
-        while not listing.add(await self._ask(Op.DIRECTORY_PART, path, path, listing.offset, tx=tx)):
-            if listing.restarts and self._loop.time() - start > self.timeout:
-                raise DeadlineError(f"an unchanging list of {path}", self.peer, self.timeout)
-        return listing.names()
-
-    async def exists(self, path: str, tx: Transaction | None = None) -> bool:
-        """False for NoEntry alone; a node that may not be read is an error."""
-        try:
-            await self.read(path, tx)
-        except NoEntry:
-            return False
-        return True
-
-    async def get_perms(self, path: str, tx: Transaction | None = None) -> list[Perm]:
-        """The owner's entry first."""
-        perms: list[Perm] = await self._ask(Op.GET_PERMS, path, checked(Op.GET_PERMS, path), tx=tx)
-        return perms
-
-    async def set_perms(self, path: str, perms: Iterable[Perm | str], tx: Transaction | None = None) -> None:
-        """Entries as `Perm` or as text (`"n5"`, `"r0"`)."""
-        await self._ask(Op.SET_PERMS, path, checked(Op.SET_PERMS, path), perms, tx=tx)
-
-    async def gather(
-        self,
-        directory: str,
-        wanted: Mapping[str, Callable[[bytes], Any]],
-        defaults: Mapping[str, Any] | None = None,
-        tx: Transaction | None = None,
-    ) -> dict[str, Any]:
-        """`{name: converter}` read below `directory`, all in one write.
-
-        A missing name is NoEntry unless `defaults` has it; a value that its converter refuses (ValueError)
-        is PeerError, naming both.
-        """
-        paths = [join(directory, name) for name in wanted]
-        waiters = [self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx) for path in paths]
-        replies = await asyncio.gather(*waiters, return_exceptions=True)
-        found: dict[str, Any] = {}
-        for (name, convert), path, reply in zip(wanted.items(), paths, replies, strict=True):
-            if isinstance(reply, NoEntry) and defaults is not None and name in defaults:
-                found[name] = defaults[name]
-            elif isinstance(reply, BaseException):
-                raise reply
-            else:
-                try:
-                    found[name] = convert(reply)
-                except ValueError as exc:
-                    raise PeerError(f"{path}: {reply!r} is not what belongs there ({exc})") from exc
-        return found
+    def batch(self) -> Batch:
+        """Operations to be sent together, or committed as one transaction."""
+        return Batch(self)
 
     # ---- watches ----
 
-    async def watch(self, path: str, callback: Callable[[str], None], *, depth: int | None = None) -> Watch:
-        """`callback(event path)` in the loop, for the first event and every one after it.
+    async def watch(
+        self, path: Path, callback: Callable[[Event], object], *, depth: int | None = None
+    ) -> Watch:
+        """`callback(event)` in the loop, for the first event and every one after it.
 
         Callbacks run as events arrive, so the first may run before this returns. One that raises is logged.
         depth: 0 the node alone, 1 its children too, ...; the store needs XENSTORE_SERVER_FEATURE_WATCHDEPTH.
+        StoreError E2BIG past `max_watches`, or the domain's own quota of watches.
         """
-        checked(Op.WATCH, path)
         session = self._session
-        record = Watch(self, path, session.new_token(), callback)
-        waiter = self._submit(Op.WATCH, path, CODECS[Op.WATCH].request(path, str(record.token), depth))
+        call = calls.watch(path, session.new_token(), depth)
+        session.check_budget(call.path)
+        record = Watch(self, call.path, session._last_token, callback, depth)
         if session.dead is None:
             session.watches[record.token] = record
         try:
-            await waiter
+            await self._ask(call)
         except BaseException:
             session.watches.pop(record.token, None)
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._post(Op.UNWATCH, path, record.token)
             raise
         return record
 
@@ -365,41 +390,39 @@ class Client:
         if self._session.watches.pop(watch.token, None) is None:
             return
         try:
-            await self._ask(Op.UNWATCH, watch.path, watch.path, watch.token)
+            await self._ask(calls.unwatch(watch.path, watch.token))
         except (LinkDown, NoEntry):
             pass
 
-    def _post(self, op: Op, *args: object, tx_id: int = 0) -> None:
-        self._session.post(op, *args, tx_id=tx_id)
-        if self._session.out and not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+    def _drop_watch(self, watch: Watch) -> None:
+        """Not waited for: a store that hangs must not hold up whoever leaves by a deadline."""
+        if self._session.watches.pop(watch.token, None) is not None:
+            self._session.post(calls.unwatch(watch.path, watch.token))
+            self._kick()
 
     @asynccontextmanager
-    async def events(self, path: str, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[str]]:
+    async def events(self, path: Path, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[Event]]:
         """`async with client.events(p) as paths: async for path in paths`. Equal events that wait are one;
         past events.MAX_EVENTS different ones they become one event at `path`. Ends with LinkDown."""
         async with self._stream(path, depth) as stream:
             yield stream
 
     @asynccontextmanager
-    async def _stream(self, path: str, depth: int | None = None) -> AsyncIterator[EventStream]:
-        stream = EventStream(path)
+    async def _stream(self, path: Path, depth: int | None = None) -> AsyncIterator[EventStream]:
+        stream = EventStream(calls.checked(Op.WATCH, path))
         self._streams.add(stream)
         try:
             watch = await self.watch(path, stream.put, depth=depth)
             try:
                 yield stream
             finally:
-                # Not waited for: a store that hangs must not hold up whoever leaves by a deadline.
-                if self._session.watches.pop(watch.token, None) is not None:
-                    self._post(Op.UNWATCH, path, watch.token)
+                self._drop_watch(watch)
         finally:
             self._streams.discard(stream)
 
     async def wait_for(
         self,
-        path: str,
+        path: Path,
         predicate: Callable[[bytes | None], bool],
         timeout: float,
         *,
@@ -413,17 +436,17 @@ class Client:
             async with asyncio.timeout(timeout), self._stream(path) as stream:
                 async for _ in stream:
                     stream.clear()
-                    try:
-                        value: bytes | None = await self.read(path)
-                    except NoEntry:
-                        value = None
+                    value = await self.get(path)
                     if predicate(value):
                         return value
         except TimeoutError as exc:
             if isinstance(exc, DeadlineError):
                 raise
-            raise DeadlineError(f"a change of {path}", owed_by or f"whoever writes {path}", timeout) from None
-        raise LinkDown(f"events of {path} ended")
+            where = calls.checked(Op.WATCH, path)
+            raise DeadlineError(
+                f"a change of {where}", owed_by or f"whoever writes {where}", timeout
+            ) from None
+        raise LinkDown("events ended")
 
     # ---- transactions ----
 
@@ -440,33 +463,36 @@ class Client:
         the transaction and is raised (a Conflict: run again); one that never started is not aborted.
         Cancelled or timed out while it commits, it may be committed or not: the store knows.
         """
-        start = self._loop.time()
-        ended = 0
+        runs = Attempts(policy, attempts, self._loop.time)
         while True:
             try:
                 return await self._transact(function)
             except Conflict as exc:
-                ended += 1
-                if attempts is not None and ended >= attempts:
-                    raise
-                pause = policy.pause(ended, self._loop.time() - start, random.random())
-                if pause is None:
-                    raise Conflict(exc.name, exc.op, exc.path, exc.tx_id, f"after {ended} attempts") from exc
+                pause = runs.failed(exc)
             await asyncio.sleep(pause)
 
     async def _transact(self, function: Callable[[Transaction], Awaitable[T]]) -> T:
         await self._take_slot()
         try:
-            tx = await self._start()
+            tx = Transaction(self, await self._ask(calls.start()))
             try:
                 result = await function(tx)
-            except BaseException:
+            except BaseException as exc:
                 tx.ended = True
-                self._post(Op.TRANSACTION_END, False, tx_id=tx.id)
+                self._session.abort(tx.id)
+                self._kick()
+                if isinstance(exc, Conflict):
+                    tx.touched.report(exc)
                 raise
-            waiter = self._submit(Op.TRANSACTION_END, "", CODECS[Op.TRANSACTION_END].request(True), tx)
+            call = calls.end(True)
+            call.tx_id = tx.id
+            waiter = self._submit(call)
             tx.ended = True
-            await waiter
+            try:
+                await waiter
+            except Conflict as exc:
+                tx.touched.report(exc)
+                raise
             return result
         finally:
             self._slots.release()
@@ -481,75 +507,37 @@ class Client:
         except TimeoutError:
             raise DeadlineError("a free transaction", "our own transactions", self.timeout) from None
 
-    async def _start(self) -> Transaction:
-        codec = CODECS[Op.TRANSACTION_START]
-        waiter = self._submit(Op.TRANSACTION_START, "", codec.request())
-        try:
-            return Transaction(self, codec.parse_reply(await waiter))
-        except asyncio.CancelledError:
-            # Cancelled between the reply and our turn to see it.
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._post(Op.TRANSACTION_END, False, tx_id=codec.parse_reply(waiter.result()))
-            raise
+    async def _commit(self, batch: Batch, attempts: int | None, policy: RetryPolicy) -> list[Any]:
+        runs = Attempts(policy, attempts, self._loop.time)
+        while True:
+            await self._take_slot()
+            try:
+                return await self._drive(commit(self._session, batch._requests()))
+            except Conflict as exc:
+                pause = runs.failed(exc)
+            finally:
+                self._slots.release()
+            await asyncio.sleep(pause)
 
-    # ---- domains and the store itself (dom0's, but for get_domain_path and get_feature) ----
+    # ---- domains and the store itself ----
 
-    async def introduce(self, domid: int, gfn: int, port: int) -> None:
-        """The store maps the domain's ring page (its grant 1; `gfn` is ignored by ours) and binds `port`."""
-        await self._ask(Op.INTRODUCE, str(domid), domid, gfn, port)
-
-    async def release(self, domid: int) -> None:
-        await self._ask(Op.RELEASE, str(domid), domid)
-
-    async def is_introduced(self, domid: int) -> bool:
-        known: bool = await self._ask(Op.IS_DOMAIN_INTRODUCED, str(domid), domid)
-        return known
-
-    async def resume_domain(self, domid: int) -> None:
-        """@releaseDomain will fire for the domain's next shutdown again."""
-        await self._ask(Op.RESUME, str(domid), domid)
-
-    async def set_target(self, domid: int, target: int) -> None:
-        """`domid` gets `target`'s rights (a device model's)."""
-        await self._ask(Op.SET_TARGET, str(domid), domid, target)
-
-    async def get_domain_path(self, domid: int) -> str:
-        path: str = await self._ask(Op.GET_DOMAIN_PATH, str(domid), domid)
-        return path
+    introduce = _one(calls.introduce)
+    release = _one(calls.release)
+    is_introduced = _one(calls.is_introduced)
+    resume_domain = _one(calls.resume_domain)
+    set_target = _one(calls.set_target)
+    get_domain_path = _one(calls.get_domain_path)
+    get_feature = _one(calls.get_feature)
+    set_feature = _one(calls.set_feature)
+    quota_names = _one(calls.quota_names)
+    get_quota = _one(calls.get_quota)
+    set_quota = _one(calls.set_quota)
+    control = _one(calls.control)
 
     async def reset_watches(self) -> None:
         """All watches and transactions of this connection are gone; no callback from the call on."""
-        self._session.watches.clear()
-        self._session.transactions.clear()
-        await self._ask(Op.RESET_WATCHES, "")
-
-    async def get_feature(self, domid: int | None = None) -> int:
-        """Bits of XENSTORE_SERVER_FEATURE_*; our own without `domid`."""
-        bits: int = await self._ask(Op.GET_FEATURE, "", *([] if domid is None else [domid]))
-        return bits
-
-    async def set_feature(self, domid: int, bits: int) -> None:
-        """Before the domain is introduced."""
-        await self._ask(Op.SET_FEATURE, str(domid), domid, bits)
-
-    async def quota_names(self) -> list[str]:
-        names: str = await self._ask(Op.GET_QUOTA, "")
-        return names.split()
-
-    async def get_quota(self, name: str, domid: int | None = None) -> int:
-        """The global value (the default of new domains) without `domid`."""
-        value: str = await self._ask(Op.GET_QUOTA, name, name, domid)
-        if not (value.isdecimal() and len(value) <= 20):
-            raise PeerError(f"quota {name}: {value!r} is not a number")
-        return int(value)
-
-    async def set_quota(self, name: str, value: int, domid: int | None = None) -> None:
-        await self._ask(Op.SET_QUOTA, name, name, value, domid)
-
-    async def control(self, *words: str) -> str:
-        """A command for the daemon, its answer as text."""
-        answer: str = await self._ask(Op.CONTROL, words[0] if words else "", *words)
-        return answer
+        self._session.forget()
+        await self._ask(calls.reset_watches())
 
 
 class _ClosedHere(LinkDown):
