@@ -445,7 +445,7 @@ def get_quota(name: str, domid: int | None = None) -> Call[int]:
 
     def parse(payload: bytes) -> int:
         value: str = codec.parse_reply(payload)
-        if not (value.isascii() and value.isdigit()):
+        if not (value.isascii() and value.isdigit() and len(value) <= 20):
             raise PeerError(f"quota {name}: {value!r} is not a number")
         return int(value)
 
