@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.support.engine_talk import Talk, guest
 from xenbus.errors import WIRE_ERRORS, PeerError, StoreError, UsageError
+from xenbus.xenstore.calls import Call
 from xenbus.xenstore.engine import Connection, Engine
 from xenbus.xenstore.session import Session as ClientSession
 from xenbus.xenstore.session import WatchRecord
@@ -172,8 +173,8 @@ def client(data: bytes) -> None:
     session = ClientSession("a liar", 64)
     slots = [_Slot() for _ in CODECS]
     session.watches[1] = WatchRecord("/w", 1, lambda path: None)
-    for slot, op in zip(slots, CODECS, strict=True):
-        session.submit(op, "/a", b"/a\0", 0, slot, inf, inf)
+    for slot, (op, codec) in zip(slots, CODECS.items(), strict=True):
+        session.submit(Call(op, "/a", b"/a\0", codec.parse_reply), slot, inf, inf)
     try:
         for start in range(0, len(data), 64):
             session.receive(data[start : start + 64])
