@@ -1,4 +1,5 @@
-"""The store daemons, each in a folder of its own: Debian's `xenstored` ("c") and `oxenstored` ("o"), "ours".
+"""The store daemons, each in a folder of its own: Debian's `xenstored` ("c") and `oxenstored` ("o"), and ours
+in either profile ("ours", "ours-o").
 
 The real ones are processes with `preload/machine.c` in front of the hypervisor's libraries, built with `cc`
 when it is first needed; ours is a thread. All serve a socket, and guests over ring pages (`machine.py`):
@@ -29,12 +30,13 @@ import pytest
 from tests.support.machine import FileHypervisor, GuestRing, Machine
 from xenbus.errors import LinkDown
 from xenbus.xenstore.daemon import Daemon
-from xenbus.xenstore.engine import Quotas
+from xenbus.xenstore.engine import profile_of
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.unix import UnixPipe, dial
 from xenbus.xenstore.wire import CODECS, HEADER_SIZE, Op, encode
 
-KINDS = ("c", "o", "ours")
+KINDS = ("c", "o", "ours", "ours-o")
+OURS = {"ours": "xenstored", "ours-o": "oxenstored"}  # with their profiles
 DEADLINE = 10.0
 SOURCE = Path(__file__).with_name("preload") / "machine.c"
 PLACES = ("/usr/lib/xen-4.17/bin", "/usr/lib/xen-4.18/bin", "/usr/lib/xen-4.20/bin", "/usr/sbin")
@@ -60,6 +62,7 @@ _O_KEYS = {
     "transactions": "quota-transaction",
     "path-max": "quota-path-max",
     "outstanding": "quota-maxoutstanding",
+    "transaction-nodes": "quota-maxrequests",
 }
 
 
@@ -72,7 +75,7 @@ def program(kind: str) -> str | None:
 @cache
 def missing(kind: str) -> str:
     """Why there is no such daemon here; "" if there is one."""
-    if kind == "ours":
+    if kind in OURS:
         return ""
     if program(kind) is None:
         return f"{PROGRAMS[kind]} is not installed (Debian: xen-utils-4.17)"
@@ -258,6 +261,7 @@ def _o_arguments(folder: Path, quotas: Mapping[str, int]) -> list[str]:
         "xenstored-log-file": folder / "xenstored.log",
         "persistent": "false",
         "quota-activate": "true",
+        "quota-path-max": 1024,  # as in the file that comes with it
         **{_O_KEYS[name]: value for name, value in quotas.items()},
     }
     config = folder / "oxenstored.conf"
@@ -271,11 +275,10 @@ class _Thread(Xenstored):
     daemon: Daemon
     hypervisor: FileHypervisor
 
-    def __init__(self, folder: Path, quotas: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, quotas: Mapping[str, int], profile: str) -> None:
         super().__init__(folder)
-        self._quotas = Quotas()
-        for name, value in quotas.items():
-            self._quotas.set(name, value)
+        self._profile = profile_of(profile)
+        self._quotas = self._profile.quotas(quotas)
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="xenstored", daemon=True)
@@ -295,7 +298,7 @@ class _Thread(Xenstored):
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self.hypervisor = FileHypervisor(self.machine.folder)
-        self.daemon = Daemon(self.hypervisor, self._quotas)
+        self.daemon = Daemon(self.hypervisor, self._quotas, profile=self._profile)
         self.hypervisor.on_shutdown = self.daemon.domain_shutdown
         try:
             await self.daemon.listen_unix(self.socket)
@@ -336,6 +339,6 @@ def start(
     options: further arguments of a real one
     AssertionError, with its log, if it does not come to serve.
     """
-    if kind == "ours":
-        return _Thread(folder, quotas or {})
+    if kind in OURS:
+        return _Thread(folder, quotas or {}, OURS[kind])
     return _Process(kind, folder, quotas or {}, hurry, options)

@@ -283,7 +283,10 @@ def watch(
 @command.command("serve")
 @dir_option
 @click.option("--quota", "quotas", multiple=True, metavar="NAME=N", help="A guest's limit, e.g. nodes=10000.")
-def serve(directory: Path | None, quotas: tuple[str, ...]) -> None:
+@click.option(
+    "--profile", default="xenstored", metavar="NAME", help="The daemon it is like: xenstored, oxenstored."
+)
+def serve(directory: Path | None, quotas: tuple[str, ...], profile: str) -> None:
     """Serve a XenStore alone, at DIR/socket, until SIGTERM or SIGINT. Prints `ready` when it is.
 
     \b
@@ -296,13 +299,15 @@ def serve(directory: Path | None, quotas: tuple[str, ...]) -> None:
     import sys
 
     from xenbus.xenstore.daemon.__main__ import serve as serve_store
-    from xenbus.xenstore.engine import Quotas
+    from xenbus.xenstore.engine import profile_of
 
     place = need_dir(directory)
-    limits = Quotas.parse(list(quotas))
+    chosen = profile_of(profile)
+    limits = chosen.parse_quotas(quotas)
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror}") from None
     sys.stdout.flush()
-    asyncio.run(serve_store(str(place / "socket"), limits, ready_fd=os.dup(sys.stdout.fileno())))
+    ready = os.dup(sys.stdout.fileno())
+    asyncio.run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from xenbus.errors import XenbusError
 from xenbus.xenstore.daemon.server import Daemon
-from xenbus.xenstore.engine import Quotas
+from xenbus.xenstore.engine import PROFILES, XENSTORED, Profile, Quotas, profile_of
 
 READY = b"ready\n"
 
@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m xenbus.xenstore.daemon", description=__doc__)
     parser.add_argument("--socket", required=True, metavar="PATH", help="domain 0's socket (mode 0600)")
     parser.add_argument("--broker-fd", type=int, metavar="N", help="handle of the broker, for guests' rings")
+    parser.add_argument("--profile", choices=PROFILES, default=XENSTORED.name, help="the daemon it is like")
     parser.add_argument(
         "--quota", action="append", default=[], metavar="NAME=N", help="a guest's limit, e.g. nodes=10000"
     )
@@ -40,7 +41,13 @@ def _say_ready(fd: int | None) -> None:
         os.close(fd)
 
 
-async def serve(path: str, quotas: Quotas, broker_fd: int | None = None, ready_fd: int | None = None) -> None:
+async def serve(
+    path: str,
+    quotas: Quotas,
+    broker_fd: int | None = None,
+    ready_fd: int | None = None,
+    profile: Profile = XENSTORED,
+) -> None:
     """Until SIGTERM, SIGINT, or the broker's end."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -52,7 +59,7 @@ async def serve(path: str, quotas: Quotas, broker_fd: int | None = None, ready_f
 
         hypervisor = await connect(broker_fd)
         hypervisor.on_lost(stop.set)
-    daemon = Daemon(hypervisor, quotas)
+    daemon = Daemon(hypervisor, quotas, profile=profile)
     try:
         await daemon.listen_unix(path)
         _say_ready(ready_fd)
@@ -68,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="xenstored: %(message)s")
     try:
-        quotas = Quotas.parse(options.quota)
-        asyncio.run(serve(options.socket, quotas, options.broker_fd, options.ready_fd))
+        profile = profile_of(options.profile)
+        quotas = profile.parse_quotas(options.quota)
+        asyncio.run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile))
     except XenbusError as exc:
         logging.getLogger("xenbus.xenstored").error("%s", exc)
         return 1

@@ -22,7 +22,7 @@ from xenbus.errors import UsageError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.xenstore.daemon.guests import Guests
 from xenbus.xenstore.daemon.session import Session
-from xenbus.xenstore.engine import Connection, Engine, Quotas
+from xenbus.xenstore.engine import XENSTORED, Connection, Engine, Profile, Quotas, profile_of
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.memory import memory_pair
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -44,6 +44,7 @@ class Daemon:
     hypervisor: the store's own handle, to map guests' rings (INTRODUCE); None: there are no guests, and
                 INTRODUCE answers ENOSYS
     quotas:     of guests, unless SET_QUOTA says otherwise
+    profile:    which daemon it is like, e.g. "oxenstored"; UsageError for a name that is not there
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Daemon:
         hypervisor: Hypervisor | None = None,
         quotas: Quotas | None = None,
         *,
+        profile: Profile | str = XENSTORED,
         max_clients: int = MAX_CLIENTS,
     ) -> None:
-        self.engine = Engine(quotas, self)
+        profile = profile_of(profile) if isinstance(profile, str) else profile
+        self.engine = Engine(quotas, self, profile)
         self._loop = asyncio.get_running_loop()
         self._hypervisor = hypervisor
         self._guests = Guests(hypervisor, self)

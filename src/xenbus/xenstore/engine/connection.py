@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xenbus.xenstore.engine.quotas import Quotas
 from xenbus.xenstore.wire import DOMID_ANY, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.dispatch import Handler
-    from xenbus.xenstore.engine.transactions import Transaction
     from xenbus.xenstore.engine.watches import Watch
 
 # xs_wire.h
@@ -132,7 +131,8 @@ class Connection:
         self.overflow = False
         self.queue_limit = queue_limit
         self.closed = False
-        self.transactions: dict[int, Transaction] = {}
+        # As the profile has them (OpenTransaction, and more).
+        self.transactions: dict[int, Any] = {}
         self.next_tx = 1
         # In order of registration; (path, token) names a watch.
         self.watches: dict[tuple[bytes, bytes], Watch] = {}

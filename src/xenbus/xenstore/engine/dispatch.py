@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xenbus.xenstore.wire import Message
 
 if TYPE_CHECKING:
-    from xenbus.xenstore.engine.connection import Connection
+    from xenbus.xenstore.engine.connection import Connection, Domain
     from xenbus.xenstore.engine.engine import Engine
-    from xenbus.xenstore.engine.transactions import Transaction
 
-# Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE).
-Handler = Callable[["Engine", "Connection", Message, "Transaction | None"], bytes | None]
+# Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE). The last
+# argument is the transaction or None: each profile has a class of its own for it.
+Handler = Callable[["Engine", "Connection", Message, Any], bytes | None]
+
+
+class OpenTransaction(Protocol):
+    """What the engine itself knows of a transaction. `memory`: bytes that its domain is charged for it."""
+
+    tx_id: int
+    domain: Domain
+    memory: int
+
+    def release(self) -> None:
+        """It is over. Once."""
+        ...
 
 
 class Fail(Exception):

@@ -13,7 +13,7 @@ from xenbus.xenstore.engine.connection import FEATURES, Connection, Domain
 from xenbus.xenstore.engine.dispatch import Fail, Handler, domid_of, number_of, one_word, words_of
 from xenbus.xenstore.engine.quotas import QUOTAS
 from xenbus.xenstore.engine.transactions import Transaction
-from xenbus.xenstore.engine.tree import Perms
+from xenbus.xenstore.engine.tree import Node, Perms, parent_of
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -22,8 +22,20 @@ if TYPE_CHECKING:
 # xen/include/public/xen.h
 DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
-_SPECIAL = (b"@introduceDomain", b"@releaseDomain")
+INTRODUCE_DOMAIN = b"@introduceDomain"
+RELEASE_DOMAIN = b"@releaseDomain"
+_SPECIAL = (INTRODUCE_DOMAIN, RELEASE_DOMAIN)
 _NOBODY: Perms = ((0, 0),)
+
+
+def plant(engine: Engine) -> None:
+    """What xenstored starts with (setup_structure)."""
+    for path in (b"/", b"/tool", b"/tool/xenstored", *_SPECIAL):
+        engine.put(None, path, Node(b"", _NOBODY, 0))
+        if path[:1] == b"/" and path != b"/":
+            name = path[path.rindex(b"/") + 1 :]
+            engine.nodes[parent_of(path)].add_child(name)
+            engine.domain(0).memory += len(name) + 1
 
 
 def introduce(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
@@ -98,6 +110,39 @@ def set_target(engine: Engine, conn: Connection, message: Message, tx: Transacti
     domain = _connected(engine, domid)
     engine.set_target(domain, _connected(engine, target).domid)
     return OK
+
+
+def introduced(engine: Engine, domid: int) -> None:
+    domain = engine.domain(domid)
+    domain.shutdown = False
+    if not domain.introduced:
+        domain.introduced = True
+        engine.fire_special(INTRODUCE_DOMAIN, domid)
+
+
+def shutdown(engine: Engine, domid: int) -> None:
+    """@releaseDomain, once until RESUME."""
+    domain = engine.domains.get(domid)
+    if domain is not None and domain.introduced and not domain.shutdown:
+        domain.shutdown = True
+        engine.fire_special(RELEASE_DOMAIN, domid)
+
+
+def died(engine: Engine, domid: int) -> None:
+    domain = engine.domains.pop(domid, None)
+    if domain is None or not domid:
+        if domain is not None:
+            engine.domains[0] = domain
+        return
+    for conn in list(domain.connections):
+        engine.disconnect(conn)
+    for other in engine.domains.values():
+        if other.target == domid:
+            engine.set_target(other, None)
+    forget(engine, domid)
+    engine.domains.pop(domid, None)
+    if domain.introduced:
+        engine.fire_special(RELEASE_DOMAIN, domid)
 
 
 def forget(engine: Engine, domid: int) -> None:

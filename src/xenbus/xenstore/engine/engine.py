@@ -7,14 +7,16 @@ use the primitives below. No clock, no I/O: a daemon moves bytes and does what `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from xenbus.xenstore.engine import control, domains, nodes, sessions
-from xenbus.xenstore.engine.connection import FEATURES, QUEUE_LIMIT, Cause, Connection, Domain
-from xenbus.xenstore.engine.dispatch import Fail, Handler, Hooks
+from xenbus.xenstore.engine import control, sessions
+from xenbus.xenstore.engine.connection import QUEUE_LIMIT, Cause, Connection, Domain
+from xenbus.xenstore.engine.dispatch import Fail, Hooks, OpenTransaction
+from xenbus.xenstore.engine.profiles import XENSTORED, Profile
 from xenbus.xenstore.engine.quotas import Quotas
 from xenbus.xenstore.engine.transactions import Entry, Transaction
 from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
-from xenbus.xenstore.engine.watches import Watch, WatchIndex
+from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
 
 _pack = HEADER.pack
@@ -22,76 +24,46 @@ _ERROR = int(Op.ERROR)
 _EVENT = int(Op.WATCH_EVENT)
 # A transaction id in their header is not looked at (XS_FLAG_NOTID).
 _IGNORES_TX = frozenset({int(Op.WATCH), int(Op.UNWATCH)})
-INTRODUCE_DOMAIN = b"@introduceDomain"
-RELEASE_DOMAIN = b"@releaseDomain"
 DOMID_FIRST_RESERVED = 0x7FF0
 
 
-def _unknown(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    raise Fail("ENOSYS")
-
-
-def _refused(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    raise Fail("EACCES")
-
-
-def _tables() -> tuple[list[Handler], list[Handler]]:
-    """Handlers by operation number: dom0's, and a guest's."""
-    dom0: list[Handler] = [_unknown] * (max(Op) + 1)
-    guest: list[Handler] = [_unknown] * (max(Op) + 1)
-    for room in (nodes, sessions, domains, control):
-        for op, handler in room.HANDLERS.items():
-            dom0[op] = guest[op] = handler
-    for op in domains.DOM0_ONLY:
-        guest[op] = _refused
-    return dom0, guest
-
-
-# What is refused is refused whatever transaction it names.
-_ALWAYS_FAIL = (_unknown, _refused)
-_DOM0_TABLE, _GUEST_TABLE = _tables()
-_OPS = len(_DOM0_TABLE)
+_OPS = max(Op) + 1
 
 
 class Engine:
     """The XenStore.
 
-    quotas: of a domain that has none of its own (SET_QUOTA without a domid changes them)
-    hooks:  side effects; None: INTRODUCE and RELEASE are book-keeping alone
-    nodes:  absolute path -> Node; read it, change nothing
+    quotas:  of a domain that has none of its own (SET_QUOTA without a domid changes them)
+    hooks:   side effects; None: INTRODUCE and RELEASE are book-keeping alone
+    profile: which daemon it is like
+    nodes:   absolute path -> Node; read it, change nothing
+    beside:  what the profile keeps beside the tree
     """
 
-    def __init__(self, quotas: Quotas | None = None, hooks: Hooks | None = None) -> None:
-        self.quotas = quotas or Quotas()
+    def __init__(
+        self, quotas: Quotas | None = None, hooks: Hooks | None = None, profile: Profile = XENSTORED
+    ) -> None:
+        self.profile = profile
+        self.quotas = quotas or profile.quotas()
         self.hooks = hooks
         self.generation = 0
         self.nodes: dict[bytes, Node] = {}
         self.domains: dict[int, Domain] = {}
-        self.watches = WatchIndex()
+        self.watches = profile.watches()
         self.maxima: dict[str, int] = {}
         self.log_switches: dict[str, bool] = dict.fromkeys(control.LOG_SWITCHES, False)
         self.logging = False
         self._dirty: set[Connection] = set()
         self._current: Connection | None = None
-        self._plant()
-
-    def _plant(self) -> None:
-        """What xenstored starts with (setup_structure)."""
         self.domain(0).introduced = True
-        nobody: Perms = ((0, 0),)
-        for path in (b"/", b"/tool", b"/tool/xenstored", INTRODUCE_DOMAIN, RELEASE_DOMAIN):
-            self.put(None, path, Node(b"", nobody, 0))
-            if path[:1] == b"/" and path != b"/":
-                name = path[path.rindex(b"/") + 1 :]
-                self.nodes[parent_of(path)].add_child(name)
-                self.domain(0).memory += len(name) + 1
+        self.beside: Any = profile.plant(self)
 
     # ---- connections ----
 
     def connect(self, domid: int, *, queue_limit: int = QUEUE_LIMIT) -> Connection:
         """A client that speaks for `domid`; the caller knows that it may."""
-        domain = self.domain(domid)
-        conn = Connection(domain, _GUEST_TABLE if domid else _DOM0_TABLE, queue_limit)
+        domain, profile = self.domain(domid), self.profile
+        conn = Connection(domain, profile.guest if domid else profile.dom0, queue_limit)
         domain.connections.add(conn)
         self._set_ids(domain)
         return conn
@@ -128,12 +100,12 @@ class Engine:
         """One request. Its reply and events are on `conn.out`, events for others on theirs (take_dirty)."""
         op = message.op
         try:
-            handler = conn.table[op] if op < _OPS else _unknown
+            handler = conn.table[op] if op < _OPS else self.profile.unknown
             tx_id = message.tx_id
             if tx_id and op not in _IGNORES_TX:
                 tx = conn.transactions.get(tx_id)
-                if tx is None and handler not in _ALWAYS_FAIL:
-                    raise Fail("ENOENT")
+                if tx is None and handler not in self.profile.always_fail:
+                    raise Fail(self.profile.no_transaction)
             else:
                 tx = None
             self._current = conn
@@ -141,7 +113,7 @@ class Engine:
             if payload is None:
                 return
             length = len(payload)
-            if length > PAYLOAD_MAX:
+            if length > PAYLOAD_MAX and (conn.guest or not self.profile.long_replies):
                 raise Fail("E2BIG")
             if self.logging:
                 self._trace(conn, message, "OK")
@@ -264,7 +236,7 @@ class Engine:
 
     # ---- transactions ----
 
-    def end_transaction(self, conn: Connection, tx: Transaction) -> None:
+    def end_transaction(self, conn: Connection, tx: OpenTransaction) -> None:
         """It is over, one way or the other; nothing is written."""
         del conn.transactions[tx.tx_id]
         conn.domain.transactions -= 1
@@ -322,6 +294,12 @@ class Engine:
         """A watch fires once when it is set, whatever may be read."""
         self._send_event(None, conn, path, token, path[:1] != b"@")
 
+    def queue_event(self, conn: Connection, data: bytes) -> None:
+        """An encoded event, queued whatever waits already."""
+        if not conn.overflow:
+            conn.put_event(data, None, once=False)
+            self._dirty.add(conn)
+
     def _send_event(
         self, source: Connection | None, conn: Connection, path: bytes, token: bytes, once: bool
     ) -> None:
@@ -344,6 +322,7 @@ class Engine:
         domain = self.domains.get(domid)
         if domain is None:
             domain = self.domains[domid] = Domain(domid, self.quotas.copy())
+            domain.features = self.profile.features
         return domain
 
     def exists(self, domid: int) -> bool:
@@ -353,7 +332,8 @@ class Engine:
         return self.hooks is not None and domid < DOMID_FIRST_RESERVED and self.hooks.domain_exists(domid)
 
     def _set_ids(self, domain: Domain) -> None:
-        ids = (domain.domid, 0x7FF5) if domain.target is None else (domain.domid, 0x7FF5, domain.target)
+        target = () if domain.target is None else (domain.target,)
+        ids = (domain.domid, *self.profile.everybody, *target)
         for conn in domain.connections:
             conn.ids = ids
 
@@ -364,39 +344,19 @@ class Engine:
 
     def introduced(self, domid: int) -> None:
         """The domain is served from now on; @introduceDomain fires the first time."""
-        domain = self.domain(domid)
-        domain.shutdown = False
-        if not domain.introduced:
-            domain.introduced = True
-            self.fire_special(INTRODUCE_DOMAIN, domid)
+        self.profile.introduced(self, domid)
 
     def domain_shutdown(self, domid: int) -> None:
-        """It stopped but is not gone: @releaseDomain, once until RESUME."""
-        domain = self.domains.get(domid)
-        if domain is not None and domain.introduced and not domain.shutdown:
-            domain.shutdown = True
-            self.fire_special(RELEASE_DOMAIN, domid)
+        """It stopped but is not gone: @releaseDomain."""
+        self.profile.shutdown(self, domid)
 
     def domain_died(self, domid: int) -> None:
         """The domain is gone (or released): its connections, watches, transactions and nodes go, its entries
         leave other nodes' lists; @releaseDomain fires if it had been introduced. Idempotent."""
-        domain = self.domains.pop(domid, None)
-        if domain is None or not domid:
-            if domain is not None:
-                self.domains[0] = domain
-            return
-        for conn in list(domain.connections):
-            self.disconnect(conn)
-        for other in self.domains.values():
-            if other.target == domid:
-                self.set_target(other, None)
-        domains.forget(self, domid)
-        self.domains.pop(domid, None)
-        if domain.introduced:
-            self.fire_special(RELEASE_DOMAIN, domid)
+        self.profile.died(self, domid)
 
     def features_of(self, conn: Connection) -> int:
-        return conn.domain.features if conn.guest else FEATURES
+        return conn.domain.features if conn.guest else self.profile.features
 
     # ---- looking inside, for tests and CONTROL check ----
 

@@ -1,0 +1,137 @@
+"""Watches and transactions as oxenstored has them. Pure.
+
+A transaction that changed nothing always ends well. Another merges, if nothing else happened where it read
+and wrote; otherwise all its operations are done again on the tree as it is, and must come to the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenbus.xenstore.engine.connection import Connection
+from xenbus.xenstore.engine.dispatch import Fail, Handler
+from xenbus.xenstore.engine.oxenstored import events
+from xenbus.xenstore.engine.oxenstored.nodes import OPERATIONS
+from xenbus.xenstore.engine.oxenstored.parsing import absolute, words_of
+from xenbus.xenstore.engine.oxenstored.views import Answer, Transaction
+from xenbus.xenstore.engine.sessions import drop_watch
+from xenbus.xenstore.wire import OK, Message, Op
+
+if TYPE_CHECKING:
+    from xenbus.xenstore.engine.engine import Engine
+
+# A positive integer of 31 bits in OCaml.
+TX_MAX = 0x3FFF_FFFE
+
+
+# ---- watches ----
+
+
+def _watch_words(message: Message) -> tuple[bytes, bytes]:
+    """Path and token. A transaction is neither looked at nor named in the reply."""
+    message.tx_id = 0
+    words = words_of(message.payload)
+    if len(words) != 3 or words[2]:
+        raise Fail("EINVAL")
+    return words[0], words[1]
+
+
+def watch(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> None:
+    raw, token = _watch_words(message)
+    path = absolute(conn, raw)
+    if 0 not in conn.ids and len(conn.watches) > conn.domain.quotas.watches > 0:
+        raise Fail("EQUOTA")
+    if (path, token) in conn.watches:
+        raise Fail("EEXIST")
+    engine.watches.add(conn, path, token, -1, len(path) - len(raw))
+    conn.domain.watches += 1
+    conn.domain.memory += len(path) + len(token)
+    engine.reply(conn, message, OK)
+    events.tell(engine, conn, raw, token)
+
+
+def unwatch(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    raw, token = _watch_words(message)
+    if not raw:
+        raise Fail("EINVAL")
+    found = conn.watches.get((raw if raw[:1] in (b"/", b"@") else conn.home + raw, token))
+    if found is None:
+        raise Fail("ENOENT")
+    drop_watch(engine, found)
+    return OK
+
+
+def reset_watches(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    engine.drop_session(conn)
+    return OK
+
+
+# ---- transactions ----
+
+
+def _next_id(conn: Connection) -> int:
+    tx_id = conn.next_tx
+    while not 1 <= tx_id <= TX_MAX or tx_id in conn.transactions:
+        tx_id = tx_id + 1 if 1 <= tx_id < TX_MAX else 1
+    conn.next_tx = tx_id + 1
+    return tx_id
+
+
+def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    if tx is not None:
+        raise Fail("EBUSY")
+    domain = conn.domain
+    if 0 not in conn.ids and len(conn.transactions) > domain.quotas.transactions > 0:
+        raise Fail("EQUOTA")
+    tx_id = _next_id(conn)
+    conn.transactions[tx_id] = Transaction(tx_id, domain, engine.beside)
+    domain.transactions += 1
+    return b"%d\0" % tx_id
+
+
+def end(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+    answer = message.payload.split(b"\0", 1)[0]
+    if answer not in (b"T", b"F"):
+        raise Fail("EINVAL")
+    if tx is None:
+        raise Fail("ENOENT")
+    try:
+        if answer == b"T" and tx.changes:
+            if tx.merges:
+                tx.store.merge(tx)
+            elif not _again(conn, tx):
+                raise Fail("EAGAIN")
+            events.fire(engine, tx)
+    finally:
+        engine.end_transaction(conn, tx)
+    return OK
+
+
+def _again(conn: Connection, tx: Transaction) -> bool:
+    """Do all of it on the tree as it is now. False if anything comes to something else."""
+    fresh = Transaction(_next_id(conn), tx.domain, tx.store)
+    try:
+        for op, payload, answer in tx.operations:
+            operation = OPERATIONS.get(op)
+            if operation is None:
+                return False
+            now: Answer
+            try:
+                now = operation(fresh, conn, payload)
+            except Fail as fail:
+                now = fail.name
+            if now != answer:
+                return False
+        fresh.store.merge(fresh)
+    finally:
+        fresh.release()
+    return True
+
+
+HANDLERS: dict[int, Handler] = {
+    Op.WATCH: watch,
+    Op.UNWATCH: unwatch,
+    Op.RESET_WATCHES: reset_watches,
+    Op.TRANSACTION_START: start,
+    Op.TRANSACTION_END: end,
+}
