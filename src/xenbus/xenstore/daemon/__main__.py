@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.engine import PROFILES, XENSTORED, Profile, Quotas, profile_of
 
 READY = b"ready\n"
+# Descriptors: for all clients that the daemon takes, and a page and a channel or two of every guest.
+DESCRIPTORS = 65536
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,6 +45,15 @@ def _say_ready(fd: int | None) -> None:
         os.close(fd)
 
 
+def _allow_descriptors() -> None:
+    """As many as we may have: the usual limit of 1024 is less than the clients that are taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(
     path: str,
     quotas: Quotas,
@@ -49,6 +62,7 @@ async def serve(
     profile: Profile = XENSTORED,
 ) -> None:
     """Until SIGTERM, SIGINT, or the broker's end."""
+    _allow_descriptors()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,12 +9,24 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import threading
 from collections.abc import Sequence
 
 from xenbus.errors import LinkDown
 from xenbus.xenstore.transport import SOCKET_OUTSTANDING, Receiver
 
 READ_SIZE = 65536
+
+
+class _Scratch(threading.local):
+    """Where a thread's transports read into, one after the other: receivers keep nothing of it, and a buffer
+    for each of a thousand connections would be 64 MiB."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(READ_SIZE))
+
+
+_scratch = _Scratch()
 
 
 class StreamTransport:
@@ -28,7 +40,6 @@ class StreamTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receiver: Receiver | None = None
         self._out = bytearray()
-        self._buffer = memoryview(bytearray(READ_SIZE))
         self._closed = False
         self._why: Exception | None = None
         self._paused = False
@@ -95,15 +106,16 @@ class StreamTransport:
 
     def _readable(self) -> None:
         assert self._receiver is not None
+        buffer = _scratch.buffer
         try:
-            count = self._read_into(self._buffer)
+            count = self._read_into(buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self._lost(exc)
             return
         if count:
-            self._receiver.data_received(self._buffer[:count])
+            self._receiver.data_received(buffer[:count])
         else:
             self._lost(LinkDown(f"{self._peer} closed the connection"))
 
