@@ -294,11 +294,11 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str) -> None
       xenbus store serve --dir /tmp/store &
       XENSTORED_RUNDIR=/tmp/store xenstore-ls
     """
-    import asyncio
     import os
     import sys
 
     from xenbus.xenstore.daemon.__main__ import serve as serve_store
+    from xenbus.xenstore.daemon.loop import run
     from xenbus.xenstore.engine import profile_of
 
     place = need_dir(directory)
@@ -310,4 +310,4 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str) -> None
         raise UsageError(f"{place}: {error.strerror}") from None
     sys.stdout.flush()
     ready = os.dup(sys.stdout.fileno())
-    asyncio.run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen))
+    run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen))

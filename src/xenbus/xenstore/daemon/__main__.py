@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from xenbus.errors import XenbusError
+from xenbus.xenstore.daemon.loop import run
 from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.engine import PROFILES, XENSTORED, Profile, Quotas, profile_of
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile = profile_of(options.profile)
         quotas = profile.parse_quotas(options.quota)
-        asyncio.run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile))
+        run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile))
     except XenbusError as exc:
         logging.getLogger("xenbus.xenstored").error("%s", exc)
         return 1
