@@ -13,11 +13,13 @@ from pathlib import Path
 from tests.support.engine_talk import Talk, guest
 from xenbus.errors import WIRE_ERRORS, PeerError, StoreError, UsageError
 from xenbus.xenstore.calls import Call
-from xenbus.xenstore.engine import Connection, Engine
+from xenbus.xenstore.engine import OXENSTORED, XENSTORED, Connection, Engine, Profile
 from xenbus.xenstore.session import Session as ClientSession
 from xenbus.xenstore.session import WatchRecord
 from xenbus.xenstore.wire import CODECS, HEADER, Message, Op, Parser, ProtocolError, parse_error
 
+# oxenstored has one of its own.
+NAMES = {*WIRE_ERRORS, "EQUOTA"}
 SEEDS = Path(__file__).parents[1] / "xenstore" / "fuzz" / "seeds"
 EVIL, GOOD = 5, 6
 # Who sends the stream, by the lowest bit of its first byte.
@@ -76,7 +78,7 @@ def check_replies(message: Message, got: list[Message]) -> None:
     (reply,) = replies
     assert (reply.req_id, reply.tx_id) == (message.req_id, message.tx_id), (message, reply)
     if reply.op == Op.ERROR:
-        assert reply.payload.endswith(b"\0") and parse_error(reply.payload) in WIRE_ERRORS, (message, reply)
+        assert reply.payload.endswith(b"\0") and parse_error(reply.payload) in NAMES, (message, reply)
     else:
         assert reply.op == message.op, (message, reply)
     assert all((one.req_id, one.tx_id) == (0, 0) for one in got if one.op == Op.WATCH_EVENT)
@@ -93,12 +95,12 @@ def feed(parser: Parser, data: bytes, size: int) -> tuple[list[Message], bool]:
     return messages, False
 
 
-def wire(data: bytes) -> None:
+def wire(data: bytes, profile: Profile = XENSTORED) -> None:
     """A stream of requests from a guest or from domain 0, and what else there is in the store meanwhile."""
     if not data:
         return
     domid, size = SENDERS[data[0] & 1], PIECES[data[0] >> 1 & 7]
-    engine = Engine()
+    engine = Engine(profile=profile)
     dom0 = Talk(engine)
     good = guest(engine, dom0, GOOD)
     guest(engine, dom0, EVIL)
@@ -120,6 +122,11 @@ def wire(data: bytes) -> None:
     settled(engine, conn)
     if domid:
         assert _outside(engine) == before
+
+
+def oxenstored(data: bytes) -> None:
+    """The same to the other profile."""
+    wire(data, OXENSTORED)
 
 
 def settled(engine: Engine, conn: Connection) -> None:

@@ -16,6 +16,7 @@ SEEDS = Path(__file__).with_name("seeds")
 # target -> (module, the seeds it begins with)
 TARGETS = {
     "wire": ("tests.support.store_fuzz", "wire"),
+    "oxenstored": ("tests.support.store_fuzz", "wire"),
     "client": ("tests.support.store_fuzz", "client"),
     "codecs": ("tests.support.store_fuzz", "codecs"),
     "socket": ("tests.support.store_fuzz_live", "wire"),

@@ -14,13 +14,16 @@ from tests.support.store_fuzz import flip, framed, lengthen, seeds
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "wire": store_fuzz.wire,
+    "oxenstored": store_fuzz.oxenstored,
     "codecs": store_fuzz.codecs,
     "client": store_fuzz.client,
 }
-KEPT = [(name, path) for name in TARGETS for path in seeds(name)]
+SAME = {"oxenstored": "wire"}
+KEPT = [(name, path) for name in TARGETS for path in seeds(SAME.get(name, name))]
 # Those that are worth changing; the longest ones only slow it down.
 RECORDED = {
-    name: [path.read_bytes() for path in seeds(name) if path.stat().st_size < 5000] for name in TARGETS
+    name: [path.read_bytes() for path in seeds(SAME.get(name, name)) if path.stat().st_size < 5000]
+    for name in TARGETS
 }
 
 WORDS = st.sampled_from(
@@ -45,7 +48,7 @@ MESSAGES = st.builds(
 def streams(draw: st.DrawFn, target: str) -> bytes:
     """Whole messages, and recordings with something done to them."""
     data = draw(st.sampled_from(RECORDED[target]) | st.lists(MESSAGES, max_size=12).map(b"".join))
-    if target == "wire":
+    if target in ("wire", "oxenstored"):
         data = bytes([draw(st.integers(0, 15))]) + data[1:]
     for how in draw(
         st.lists(st.sampled_from(["flip", "cut", "splice", "length", "noise", "drop"]), max_size=4)
@@ -77,6 +80,12 @@ def test_what_was_kept(target: str, path: Path) -> None:
 @given(streams("wire"))
 def test_requests(data: bytes) -> None:
     store_fuzz.wire(data)
+
+
+@settings(max_examples=120, deadline=None)
+@given(streams("oxenstored"))
+def test_requests_to_the_other_profile(data: bytes) -> None:
+    store_fuzz.oxenstored(data)
 
 
 @settings(max_examples=100, deadline=None)
