@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tests.support.raw_store import until
@@ -25,6 +25,7 @@ class RawGuest:
     def __init__(self, host: Host, domid: int) -> None:
         self.host, self.domid = host, domid
         self.kicks = 0
+        self.on_kick: Callable[[], None] = lambda: None
 
     async def open(self) -> RawGuest:
         self.hv = self.host.machine.domain(self.domid)
@@ -34,6 +35,7 @@ class RawGuest:
 
     def _kicked(self) -> None:
         self.kicks += 1
+        self.on_kick()
 
     def word(self, offset: int) -> int:
         value: int = struct.unpack_from("<I", self.page, offset)[0]

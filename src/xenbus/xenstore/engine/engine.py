@@ -157,10 +157,14 @@ class Engine:
             return self.nodes.get(path)
         entry = tx.accessed.get(path)
         if entry is None:
-            limit = tx.domain.quotas.transaction_nodes
-            if tx.domain.domid and limit and len(tx.accessed) >= limit:
-                tx.failed = True
-                raise Fail("ENOSPC")
+            domain = tx.domain
+            if domain.domid:
+                limit = domain.quotas.transaction_nodes
+                if limit and len(tx.accessed) >= limit:
+                    tx.failed = True
+                    raise Fail("ENOSPC")
+                # The name of a node that is not there is kept here alone.
+                self._hold(tx, len(path))
             entry = tx.accessed[path] = Entry(self.nodes.get(path))
         return entry.node
 
