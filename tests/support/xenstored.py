@@ -262,6 +262,8 @@ def _o_arguments(folder: Path, quotas: Mapping[str, int]) -> list[str]:
         "persistent": "false",
         "quota-activate": "true",
         "quota-path-max": 1024,  # as in the file that comes with it
+        # No domain has to wait for having caused conflicts: a test would go by the clock.
+        "conflict-max-history-seconds": "0.0",
         **{_O_KEYS[name]: value for name, value in quotas.items()},
     }
     config = folder / "oxenstored.conf"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import pytest
 from tests.support.engine_talk import Talk, guest
 
 from xenbus.errors import UsageError
-from xenbus.xenstore.engine import OXENSTORED, Engine, profile_of
+from xenbus.xenstore.engine import OXENSTORED, Engine, Hooks, profile_of
 from xenbus.xenstore.wire import Op
 
 
@@ -130,3 +133,84 @@ def test_quotas_go_by_their_own_names_too() -> None:
         OXENSTORED.parse_quotas(["maxentity=5"])
     with pytest.raises(UsageError, match="no profile 'oxen'; there are xenstored, oxenstored"):
         profile_of("oxen")
+
+
+class Ticks:
+    """The hooks that a conflict needs: a clock that a test turns."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        assert seconds == 0.05
+        self.waiting.append(callback)
+
+    def introduce(self, domid: int, gfn: int, port: int, done: Callable[[str | None], None]) -> None:
+        done(None)
+
+    def release(self, domid: int) -> None:
+        pass
+
+    def tick(self) -> None:
+        (callback,) = self.waiting
+        self.waiting.clear()
+        callback()
+
+
+def conflict(victim: Talk, guilty: Talk) -> None:
+    """`guilty` makes a commit of `victim` fail."""
+    victim.write("/shared/x", "0")
+    tx = victim.start()
+    victim.read("/shared/x", tx)
+    victim.write("/shared/y", "1", tx)
+    guilty.write("/shared/x", "1")
+    assert victim.end(tx) == "EAGAIN"
+
+
+def test_who_makes_others_fail_has_to_wait() -> None:
+    ticks = Ticks()
+    engine = Engine(hooks=cast(Hooks, ticks), profile=OXENSTORED)
+    dom0 = Talk(engine)
+    guests = [guest(engine, dom0, domid) for domid in (1, 2, 3)]
+    victim, guilty, other = guests
+    dom0.write("/shared")
+    dom0.chmod("/shared", "b0")
+    for _ in range(4):
+        conflict(victim, guilty)
+        assert guilty.conn.may_send
+    conflict(victim, other)
+    assert all(one.conn.may_send for one in guests)
+    conflict(victim, guilty)
+    conflict(victim, guilty)
+    assert [one.conn.may_send for one in guests] == [True, False, True]
+    conflict(victim, dom0)
+    conflict(dom0, other)
+    ticks.tick()
+    assert not guilty.conn.may_send, "it was one below nothing"
+    ticks.tick()
+    assert guilty.conn.may_send
+    while ticks.waiting:
+        ticks.tick()
+    assert engine.beside.history.newest is None, "nothing is kept"
+    for _ in range(4):
+        conflict(victim, guilty)
+    assert guilty.conn.may_send, "all credit was given back"
+
+
+def test_a_transaction_that_is_old_blames_nobody() -> None:
+    ticks = Ticks()
+    engine = Engine(hooks=cast(Hooks, ticks), profile=OXENSTORED)
+    dom0 = Talk(engine)
+    victim, guilty = guest(engine, dom0, 1), guest(engine, dom0, 2)
+    dom0.write("/shared")
+    dom0.chmod("/shared", "b0")
+    for _ in range(10):
+        tx = victim.start()
+        victim.error(Op.READ, "/shared/x", tx=tx)
+        victim.write("/shared/y", "1", tx)
+        ticks.tick()
+        ticks.tick()
+        guilty.write("/shared/x", "1")
+        assert victim.end(tx) == "EAGAIN"
+        guilty.ask(Op.RM, "/shared/x")
+    assert guilty.conn.may_send

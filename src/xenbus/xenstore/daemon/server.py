@@ -66,6 +66,7 @@ class Daemon:
         self._clients = 0
         self._listeners: dict[socket.socket, tuple[Path, tuple[int, int]]] = {}
         self._timers: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._ticks: set[asyncio.TimerHandle] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: Session | None = None
         self._closed = False
@@ -203,6 +204,15 @@ class Daemon:
         known = getattr(self._hypervisor, "domain_exists", None)
         return True if known is None else bool(known(domid))
 
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        def called() -> None:
+            self._ticks.discard(handle)
+            callback()
+            self.flush()
+
+        handle = self._loop.call_later(seconds, called)
+        self._ticks.add(handle)
+
     def log(self, text: str) -> None:
         _log.info("%s", text)
 
@@ -257,7 +267,7 @@ class Daemon:
             self._loop.remove_reader(sock)
             sock.close()
             _unlink_own(path, identity)
-        for timer in self._timers.values():
+        for timer in (*self._timers.values(), *self._ticks):
             timer.cancel()
         self._listeners.clear()
         while self._tasks:

@@ -41,6 +41,7 @@ class Domain:
         "maxima",
         "memory",
         "nodes",
+        "paused",
         "quotas",
         "shutdown",
         "target",
@@ -54,6 +55,8 @@ class Domain:
         self.features = FEATURES
         self.introduced = False
         self.shutdown = False
+        # Its requests wait (oxenstored: it made too many transactions fail).
+        self.paused = False
         self.target: int | None = None
         self.connections: set[Connection] = set()
         self.nodes = 0
@@ -145,7 +148,9 @@ class Connection:
             return True
         quotas, domain = self.domain.quotas, self.domain
         return not (
-            0 < quotas.outstanding <= self.outstanding or 0 < quotas.memory <= domain.memory - self.queued
+            domain.paused
+            or 0 < quotas.outstanding <= self.outstanding
+            or 0 < quotas.memory <= domain.memory - self.queued
         )
 
     @property

@@ -52,6 +52,10 @@ class Hooks(Protocol):
         """Whether a domain that was never introduced may own nodes and be named in permissions."""
         ...
 
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call it once, outside any request; then serve those that have to wait no longer."""
+        ...
+
     def log(self, text: str) -> None:
         """A line for people: CONTROL print, log, quota warnings."""
         ...

@@ -48,8 +48,8 @@ def _watches(engine: Engine, view: View, words: list[bytes]) -> bytes:
 
 
 def _gfn(engine: Engine, view: View, words: list[bytes]) -> bytes:
-    ring = engine.beside.rings.get(number(words[0]))
-    return b"" if ring is None else b"%d\0" % ring[0]
+    gfn = engine.beside.rings.get(number(words[0]))
+    return b"" if gfn is None else b"%d\0" % gfn
 
 
 def _xenbus(engine: Engine, view: View, words: list[bytes]) -> bytes:

@@ -37,15 +37,16 @@ def introduce(engine: Engine, conn: Connection, message: Message, tx: Transactio
     words = words_of(message.payload)
     if len(words) < 3:
         raise Fail("EINVAL")
-    domid, gfn, port = number(words[0]), ocaml_number(words[1]), number(words[2])
+    port, gfn = number(words[2]), ocaml_number(words[1])
     if gfn is None:
         raise Fail("EIO")
-    rings: dict[int, tuple[int, int]] = engine.beside.rings
+    domid = number(words[0])
+    rings: dict[int, int] = engine.beside.rings
     known = rings.get(domid)
-    if known is not None and (known[0] != gfn or domid == 0):
-        if known == (gfn, port):
-            return OK
+    if known is not None and known != gfn:
         raise Fail("EINVAL")
+    if domid == 0 and known is not None:
+        return OK
     if known is None and not 0 < domid < DOMID_FIRST_RESERVED:
         raise Fail("EINVAL")
 
@@ -53,7 +54,7 @@ def introduce(engine: Engine, conn: Connection, message: Message, tx: Transactio
         if error is not None:
             engine.fail(conn, message, "EINVAL")
             return
-        rings[domid] = (gfn, port)
+        rings[domid] = gfn
         engine.introduced(domid)
         engine.reply(conn, message, OK)
 
@@ -118,6 +119,8 @@ def bury(engine: Engine, domid: int) -> None:
             engine.disconnect(conn)
     store: Store = engine.beside
     store.rings.pop(domid, None)
+    if domain is not None:
+        store.conflicts.gone(domain)
     store.begin()
     gone = (domid, NOBODY)
     owned: list[bytes] = []

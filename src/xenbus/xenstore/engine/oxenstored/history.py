@@ -49,6 +49,11 @@ class History:
         newest.users += 1
         return newest
 
+    def hold(self, epoch: Epoch) -> Epoch:
+        """Another view of the same tree."""
+        epoch.users += 1
+        return epoch
+
     def release(self, epoch: Epoch) -> None:
         epoch.users -= 1
         if epoch.users:

@@ -225,7 +225,11 @@ def _writer(operation: Operation) -> Handler:
             return operation(tx, conn, message.payload)
         store: Store = engine.beside
         store.begin()
-        operation(store, conn, message.payload)
+        before = store.conflicts.before(conn)
+        try:
+            operation(store, conn, message.payload)
+        finally:
+            store.conflicts.after(conn, before)
         engine.reply(conn, message, OK)
         events.fire(engine, store)
         return None

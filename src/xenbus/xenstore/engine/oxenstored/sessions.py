@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored import events
+from xenbus.xenstore.engine.oxenstored.history import Epoch
 from xenbus.xenstore.engine.oxenstored.nodes import OPERATIONS
 from xenbus.xenstore.engine.oxenstored.parsing import absolute, words_of
 from xenbus.xenstore.engine.oxenstored.views import Answer, Transaction
@@ -84,7 +85,8 @@ def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
     if 0 not in conn.ids and len(conn.transactions) > domain.quotas.transactions > 0:
         raise Fail("EQUOTA")
     tx_id = _next_id(conn)
-    conn.transactions[tx_id] = Transaction(tx_id, domain, engine.beside)
+    new = conn.transactions[tx_id] = Transaction(tx_id, domain, engine.beside)
+    new.store.conflicts.started(new)
     domain.transactions += 1
     return b"%d\0" % tx_id
 
@@ -97,34 +99,48 @@ def end(engine: Engine, conn: Connection, message: Message, tx: Transaction | No
         raise Fail("ENOENT")
     try:
         if answer == b"T" and tx.changes:
-            if tx.merges:
-                tx.store.merge(tx)
-            elif not _again(conn, tx):
-                raise Fail("EAGAIN")
+            _commit(conn, tx)
             events.fire(engine, tx)
     finally:
         engine.end_transaction(conn, tx)
     return OK
 
 
-def _again(conn: Connection, tx: Transaction) -> bool:
-    """Do all of it on the tree as it is now. False if anything comes to something else."""
-    fresh = Transaction(_next_id(conn), tx.domain, tx.store)
+def _commit(conn: Connection, tx: Transaction) -> None:
+    """EAGAIN if it comes to something else on the tree as it is now."""
+    store = tx.store
+    before = store.history.hold(tx.epoch) if conn.guest else None
+    try:
+        if tx.merges:
+            store.merge(tx)
+        elif any(op not in OPERATIONS for op, _, _ in tx.operations):
+            raise Fail("EAGAIN")
+        elif not _works(conn, tx, None):
+            store.conflicts.blame(tx, conn, lambda epoch: _works(conn, tx, epoch))
+            raise Fail("EAGAIN")
+    except Fail:
+        if before is not None:
+            store.history.release(before)
+        raise
+    store.conflicts.after(conn, before)
+
+
+def _works(conn: Connection, tx: Transaction, epoch: Epoch | None) -> bool:
+    """Do all of it again: on the tree as it is, for good; or only to see, on the one of `epoch`."""
+    trial = Transaction(_next_id(conn) if epoch is None else 0, tx.domain, tx.store, epoch)
     try:
         for op, payload, answer in tx.operations:
-            operation = OPERATIONS.get(op)
-            if operation is None:
-                return False
             now: Answer
             try:
-                now = operation(fresh, conn, payload)
+                now = OPERATIONS[op](trial, conn, payload)
             except Fail as fail:
                 now = fail.name
             if now != answer:
                 return False
-        fresh.store.merge(fresh)
+        if epoch is None:
+            trial.store.merge(trial)
     finally:
-        fresh.release()
+        trial.release()
     return True
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from xenbus.xenstore.engine.connection import Connection, Domain
 from xenbus.xenstore.engine.dispatch import Fail
+from xenbus.xenstore.engine.oxenstored.conflicts import Conflicts
 from xenbus.xenstore.engine.oxenstored.history import Epoch, History, touch
 from xenbus.xenstore.engine.tree import Node, Perms, child_path, parent_of
 
@@ -126,15 +127,17 @@ class Store(View):
     """The tree as it is.
 
     history: what transactions still look at
-    rings:   domid -> (gfn, port) as introduced
+    conflicts: who made transactions fail
+    rings:   domid -> gfn as introduced
     """
 
-    __slots__ = ("_nodes", "_old", "history", "rings")
+    __slots__ = ("_nodes", "_old", "conflicts", "history", "rings")
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.history = History()
-        self.rings: dict[int, tuple[int, int]] = {0: (0, 0)}
+        self.conflicts = Conflicts(engine, self.history)
+        self.rings: dict[int, int] = {0: 0}
         self._nodes = engine.nodes
         self._old: dict[bytes, Perms | None] = {}
 
@@ -223,12 +226,13 @@ class Transaction(View):
         "write_at",
     )
 
-    def __init__(self, tx_id: int, domain: Domain, store: Store) -> None:
+    def __init__(self, tx_id: int, domain: Domain, store: Store, epoch: Epoch | None = None) -> None:
+        """epoch: the tree to begin with, if it is not the one of now."""
         super().__init__(store.engine)
         self.tx_id = tx_id
         self.domain = domain
         self.store = store
-        self.epoch: Epoch = store.history.begin()
+        self.epoch = store.history.begin() if epoch is None else store.history.hold(epoch)
         self.nodes: dict[bytes, Node | None] = {}
         self.touched: set[bytes] = set()
         self.counts: dict[int, int] = {}
@@ -241,6 +245,7 @@ class Transaction(View):
 
     def release(self) -> None:
         """Nobody looks at its tree any more. Once."""
+        self.store.conflicts.ended(self)
         self.store.history.release(self.epoch)
 
     def get(self, path: bytes) -> Node | None:
