@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Reply(Generic[T]):
-    """What one operation of a batch comes to."""
+    """What one operation comes to, of a batch or of `SyncClient.submit`."""
 
     __slots__ = ("_known", "_outcome")
 
@@ -31,14 +31,18 @@ class Reply(Generic[T]):
         self._outcome = outcome
 
     @property
+    def done(self) -> bool:
+        return self._known
+
+    @property
     def error(self) -> XenbusError | None:
-        """None for a success, and before the batch was sent."""
+        """None for a success, and before there is a reply."""
         return self._outcome if isinstance(self._outcome, XenbusError) else None
 
     def result(self) -> T:
-        """Raises the operation's own error; UsageError before the batch was sent."""
+        """Raises the operation's own error; UsageError before there is a reply."""
         if not self._known:
-            raise UsageError("the batch was not sent yet")
+            raise UsageError("there is no reply yet")
         result: T = calls.value_of(self._outcome)
         return result
 

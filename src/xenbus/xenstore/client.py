@@ -1,6 +1,6 @@
-"""The asyncio client of a XenStore: every operation, watches, transactions. Thin over session.py.
+"""The asyncio client of a XenStore: every operation, watches, transactions. Thin over link.py.
 
-Knows the loop and a `Transport`; neither hypervisor nor ring, nor what the paths mean.
+Knows the loop; neither hypervisor nor ring, nor what the paths mean.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from math import inf
 from time import monotonic
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from xenbus.errors import (
     Conflict,
     DeadlineError,
     LinkDown,
     NoEntry,
-    PeerError,
     UsageError,
-    XenbusError,
 )
 from xenbus.xenstore import batch, calls
-from xenbus.xenstore.calls import Call, Path, Program, describe
+from xenbus.xenstore.asking import Nodes, one
+from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.events import EventStream
-from xenbus.xenstore.session import Event, Session, WatchRecord
+from xenbus.xenstore.link import Dependent, Link, dialer
+from xenbus.xenstore.reconnect import Reconnect
+from xenbus.xenstore.session import Event, WatchRecord
 from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
-from xenbus.xenstore.transport import Busy, Transport, default_address, resolve
+from xenbus.xenstore.transport import Busy, Transport
 from xenbus.xenstore.wire.message import Op
 
 log = logging.getLogger("xenbus.xenstore")
@@ -39,59 +39,6 @@ REQUEST_TIMEOUT = 30.0
 BUSY_PAUSE = 0.01
 # A guest may have 10 at a time (xenstored, quota "transactions").
 MAX_TRANSACTIONS = 8
-
-
-class Asker:
-    """Whoever can send calls: a client, or one of its transactions."""
-
-    __slots__ = ()
-
-    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
-        raise NotImplementedError
-
-    async def _drive(self, program: Program[T]) -> T:
-        raise NotImplementedError
-
-
-# Bound to a name of a class, an operation is a coroutine function with its own arguments and result.
-Method = Callable[Concatenate[Asker, P], Coroutine[Any, Any, T]]
-
-
-def _one(make: Callable[P, Call[T]]) -> Method[P, T]:
-    async def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        call = make(*args, **kwargs)
-        return call.parse(await self._submit(call))
-
-    described: Method[P, T] = describe(method, make)
-    return described
-
-
-def _rounds(make: Callable[P, Program[T]]) -> Method[P, T]:
-    async def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._drive(make(*args, **kwargs))
-
-    described: Method[P, T] = describe(method, make)
-    return described
-
-
-class Nodes(Asker):
-    """What a client and a transaction can both do: see calls.py."""
-
-    __slots__ = ()
-
-    read = _one(calls.read)
-    read_str = _one(calls.read_str)
-    write = _one(calls.write)
-    mkdir = _one(calls.mkdir)
-    rm = _one(calls.rm)
-    get_perms = _one(calls.get_perms)
-    set_perms = _one(calls.set_perms)
-    get = _rounds(calls.get)
-    exists = _rounds(calls.exists)
-    directory = _rounds(calls.directory)
-    gather = _rounds(calls.gather)
-    walk = _rounds(calls.walk)
-    dump = _rounds(calls.dump)
 
 
 class Watch(WatchRecord):
@@ -113,10 +60,11 @@ class Watch(WatchRecord):
 class Transaction(Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "ended", "id", "touched")
+    __slots__ = ("_client", "_session", "ended", "id", "touched")
 
     def __init__(self, client: Client, tx_id: int) -> None:
         self._client = client
+        self._session = client._session
         self.id = tx_id
         self.ended = False
         self.touched = Touched()
@@ -124,6 +72,8 @@ class Transaction(Nodes):
     def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
         if self.ended:
             raise UsageError(f"transaction {self.id} has ended")
+        if self._client._session is not self._session:
+            raise LinkDown(f"transaction {self.id} was lost with its connection")
         call.tx_id = self.id
         self.touched.add(call)
         return self._client._submit(call)
@@ -153,7 +103,7 @@ class Batch(batch.Batch):
         return self._settle(await self._client._commit(self, attempts, policy))
 
 
-class Client(Nodes):
+class Client(Link, Nodes):
     """One connection. Made by `connect`, inside the loop that it then belongs to.
 
     timeout: seconds that the store has for a reply; DeadlineError after that. May be changed at any time.
@@ -162,72 +112,52 @@ class Client(Nodes):
     """
 
     def __init__(
-        self, transport: Transport, timeout: float = REQUEST_TIMEOUT, max_transactions: int = MAX_TRANSACTIONS
+        self,
+        transport: Transport,
+        timeout: float = REQUEST_TIMEOUT,
+        max_transactions: int = MAX_TRANSACTIONS,
+        **options: Any,
     ) -> None:
-        self.timeout = timeout
-        self._loop = asyncio.get_running_loop()
-        self._transport = transport
-        self._session = Session(transport.peer, transport.max_outstanding)
+        super().__init__(transport, timeout, **options)
         self._slots = asyncio.Semaphore(max_transactions)
-        self._timer: asyncio.TimerHandle | None = None
-        self._flushing = False
-        self._streams: set[EventStream] = set()
-        self._on_lost: list[Callable[[Exception], None]] = []
-        transport.start(self)
 
     @classmethod
     async def connect(
         cls,
-        target: str | os.PathLike[str] | Transport | None = None,
+        target: str | os.PathLike[str] | Transport | Callable[[], Transport] | None = None,
         *,
         timeout: float = REQUEST_TIMEOUT,
         max_transactions: int = MAX_TRANSACTIONS,
+        max_watches: int | None = None,
+        reconnect: Reconnect | None = None,
     ) -> Client:
-        """`unix:/path`, a path (of a socket or a device), or a transport; None: where libxenstore looks.
+        """`unix:/path`, a path (of a socket or a device), a transport or a function that makes one; None:
+        where libxenstore looks.
 
+        max_watches: of this client; one more is StoreError E2BIG, before the store's own quota is met
+        reconnect:   what to do when the link is lost (see `Reconnect`); None: nothing works any more
         LinkDown if nobody is there, or has no room for us within `timeout` seconds.
         """
-        if target is not None and not isinstance(target, (str, os.PathLike)):
-            return cls(target, timeout, max_transactions)
-        scheme, rest = resolve(target or default_address())
+        dial = dialer(target)
+        if reconnect is not None and dial is None:
+            raise UsageError("reconnect: a transport cannot be made again; give an address, or a function")
         until = monotonic() + timeout
         while True:
             try:
-                return cls(scheme.connect(rest), timeout, max_transactions)
+                transport = target if dial is None else dial()
             except Busy:
                 if monotonic() >= until:
                     raise
-            await asyncio.sleep(BUSY_PAUSE)
-
-    @property
-    def peer(self) -> str:
-        return self._session.peer
-
-    @property
-    def closed(self) -> bool:
-        """No request can succeed any more: closed here, or lost."""
-        return self._session.dead is not None
-
-    def on_lost(self, callback: Callable[[Exception], None]) -> None:
-        """`callback(why)` once, if the link is lost and not closed here; at once if it is lost already."""
-        if isinstance(self._session.dead, _ClosedHere):
-            return
-        if self._session.dead is not None:
-            callback(self._session.dead)
-        else:
-            self._on_lost.append(callback)
-
-    def counts(self) -> dict[str, int]:
-        """What is held: watches, transactions, waiters, unanswered."""
-        return self._session.counts()
-
-    async def close(self) -> None:
-        """Every waiter gets LinkDown. Idempotent."""
-        if not self.closed:
-            self._flush()
-            self._on_lost.clear()
-            self._down(_ClosedHere("the connection was closed here"))
-            await asyncio.sleep(0)
+                await asyncio.sleep(BUSY_PAUSE)
+                continue
+            return cls(
+                transport,  # type: ignore[arg-type]  # dial is None for a transport alone
+                timeout,
+                max_transactions,
+                max_watches=max_watches,
+                dial=dial,
+                reconnect=reconnect,
+            )
 
     async def __aenter__(self) -> Client:
         return self
@@ -235,128 +165,7 @@ class Client(Nodes):
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    # ---- the transport's side (Receiver) ----
-
-    def data_received(self, data: bytes | memoryview) -> None:
-        session = self._session
-        if session.dead is not None:
-            return
-        try:
-            session.receive(data)
-        except PeerError as exc:
-            self._down(exc)
-        if session.out and not self._flushing:
-            self._flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._down(exc or LinkDown(f"{self.peer} closed the connection"))
-
-    def drained(self) -> None:
-        pass
-
-    def _down(self, exc: Exception) -> None:
-        if self._session.dead is not None:
-            return
-        self._session.drop_all(exc)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._transport.close()
-        for stream in self._streams:
-            stream.fail(exc)
-        callbacks, self._on_lost = self._on_lost, []
-        for callback in callbacks:
-            try:
-                callback(exc)
-            except Exception:
-                log.exception("a callback for the loss of %s failed", self.peer)
-
-    # ---- requests ----
-
-    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
-        """The future of one reply's payload. Requests of one loop turn share a write."""
-        loop, timeout = self._loop, self.timeout
-        waiter: asyncio.Future[bytes] = loop.create_future()
-        deadline = loop.time() + timeout
-        session = self._session
-        session.submit(call, waiter, deadline, timeout)
-        if session.out and not self._flushing:
-            self._flushing = True
-            loop.call_soon(self._flush)
-        timer = self._timer
-        if timer is None or timer.when() > deadline:
-            self._arm(deadline)
-        return waiter
-
-    async def _ask(self, call: Call[T]) -> T:
-        """Cancelled between the reply and our turn to see it, what it made is undone."""
-        waiter = self._submit(call)
-        try:
-            return call.parse(await waiter)
-        except asyncio.CancelledError:
-            self._disown(call, waiter)
-            raise
-
-    def _disown(self, call: Call[Any], waiter: asyncio.Future[bytes]) -> None:
-        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._session.disown(call, waiter.result())
-            self._kick()
-
-    async def _drive(
-        self, program: Program[T], submit: Callable[[Call[Any]], asyncio.Future[bytes]] | None = None
-    ) -> T:
-        """Asks what `program` asks, round by round. Its result."""
-        try:
-            asked = next(program)
-            while True:
-                asked = program.send(await self._round(asked, submit or self._submit))
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        finally:
-            program.close()
-            self._kick()
-
-    async def _round(
-        self, asked: Sequence[Call[Any]], submit: Callable[[Call[Any]], asyncio.Future[bytes]]
-    ) -> list[Any]:
-        waiters = [submit(call) for call in asked]
-        outcomes: list[Any] = []
-        try:
-            for call, waiter in zip(asked, waiters, strict=True):
-                try:
-                    outcomes.append(call.parse(await waiter))
-                except XenbusError as exc:
-                    outcomes.append(exc)
-        except BaseException:
-            for call, waiter in zip(asked, waiters, strict=True):
-                self._disown(call, waiter)
-                waiter.cancel()
-            raise
-        return outcomes
-
-    def _kick(self) -> None:
-        if self._session.out and not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        session = self._session
-        if session.out:
-            messages, session.out = session.out, []
-            self._transport.send(messages)
-
-    def _arm(self, deadline: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if deadline != inf and not self.closed:
-            self._timer = self._loop.call_at(deadline, self._expire)
-
-    def _expire(self) -> None:
-        self._timer = None
-        self._arm(self._session.expire(self._loop.time()))
+    # ---- several at once ----
 
     def batch(self) -> Batch:
         """Operations to be sent together, or committed as one transaction."""
@@ -396,29 +205,36 @@ class Client(Nodes):
 
     def _drop_watch(self, watch: Watch) -> None:
         """Not waited for: a store that hangs must not hold up whoever leaves by a deadline."""
+        self._dependents.pop(watch.token, None)
         if self._session.watches.pop(watch.token, None) is not None:
             self._session.post(calls.unwatch(watch.path, watch.token))
             self._kick()
 
     @asynccontextmanager
     async def events(self, path: Path, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[Event]]:
-        """`async with client.events(p) as paths: async for path in paths`. Equal events that wait are one;
-        past events.MAX_EVENTS different ones they become one event at `path`. Ends with LinkDown."""
+        """`async with client.events(p) as events: async for event in events`; an event is its path.
+
+        Equal events that wait are one; past events.MAX_EVENTS different ones they become one event at
+        `path`. `event.first` says that nothing changed yet; `event.resync`, after reconnecting, that
+        anything may have. Ends with LinkDown.
+        """
         async with self._stream(path, depth) as stream:
             yield stream
 
     @asynccontextmanager
     async def _stream(self, path: Path, depth: int | None = None) -> AsyncIterator[EventStream]:
         stream = EventStream(calls.checked(Op.WATCH, path))
-        self._streams.add(stream)
+        watch = await self.watch(path, stream.put, depth=depth)
+        self._depend(watch, stream)
         try:
-            watch = await self.watch(path, stream.put, depth=depth)
-            try:
-                yield stream
-            finally:
-                self._drop_watch(watch)
+            yield stream
         finally:
-            self._streams.discard(stream)
+            self._drop_watch(watch)
+
+    def _depend(self, watch: Watch, dependent: Dependent) -> None:
+        self._dependents[watch.token] = dependent
+        if self.closed:  # since the watch was set, before we had our turn
+            dependent.fail(self._session.dead or LinkDown("closed"))
 
     async def wait_for(
         self,
@@ -436,7 +252,12 @@ class Client(Nodes):
             async with asyncio.timeout(timeout), self._stream(path) as stream:
                 async for _ in stream:
                     stream.clear()
-                    value = await self.get(path)
+                    try:
+                        value = await self.get(path)
+                    except LinkDown:
+                        if self.closed:
+                            raise
+                        continue  # a resync event will come
                     if predicate(value):
                         return value
         except TimeoutError as exc:
@@ -479,14 +300,14 @@ class Client(Nodes):
                 result = await function(tx)
             except BaseException as exc:
                 tx.ended = True
-                self._session.abort(tx.id)
+                tx._session.abort(tx.id)
                 self._kick()
                 if isinstance(exc, Conflict):
                     tx.touched.report(exc)
                 raise
             call = calls.end(True)
             call.tx_id = tx.id
-            waiter = self._submit(call)
+            waiter = tx._submit(call)
             tx.ended = True
             try:
                 await waiter
@@ -521,24 +342,20 @@ class Client(Nodes):
 
     # ---- domains and the store itself ----
 
-    introduce = _one(calls.introduce)
-    release = _one(calls.release)
-    is_introduced = _one(calls.is_introduced)
-    resume_domain = _one(calls.resume_domain)
-    set_target = _one(calls.set_target)
-    get_domain_path = _one(calls.get_domain_path)
-    get_feature = _one(calls.get_feature)
-    set_feature = _one(calls.set_feature)
-    quota_names = _one(calls.quota_names)
-    get_quota = _one(calls.get_quota)
-    set_quota = _one(calls.set_quota)
-    control = _one(calls.control)
+    introduce = one(calls.introduce)
+    release = one(calls.release)
+    is_introduced = one(calls.is_introduced)
+    resume_domain = one(calls.resume_domain)
+    set_target = one(calls.set_target)
+    get_domain_path = one(calls.get_domain_path)
+    get_feature = one(calls.get_feature)
+    set_feature = one(calls.set_feature)
+    quota_names = one(calls.quota_names)
+    get_quota = one(calls.get_quota)
+    set_quota = one(calls.set_quota)
+    control = one(calls.control)
 
     async def reset_watches(self) -> None:
         """All watches and transactions of this connection are gone; no callback from the call on."""
         self._session.forget()
         await self._ask(calls.reset_watches())
-
-
-class _ClosedHere(LinkDown):
-    """Our own doing: nobody is told that the link was lost."""

@@ -343,20 +343,45 @@ class Session:
             self._queue = deque(pending for pending in self._queue if _wanted(pending))
         return earliest
 
-    def drop_all(self, exc: Exception) -> None:
-        """The link is gone: every waiter gets LinkDown, now, and so does every later request. Once."""
-        if self.dead is not None:
-            return
-        self.dead = exc
+    def drop_all(self, exc: Exception, keep_watches: bool = False) -> None:
+        """The link is gone: every waiter gets LinkDown, now, and so does every later request. Once.
+
+        keep_watches: for `successor`
+        """
+        if self.dead is None:
+            self.dead = exc
         waiting = [*self._sent.values(), *self._queue]
         self._sent.clear()
         self._queue.clear()
         self.out.clear()
-        self.watches.clear()
         self.transactions.clear()
+        if not keep_watches:
+            self.watches.clear()
         for pending in waiting:
             if not pending.waiter.done():
                 pending.waiter.set_exception(self._down(pending.call))
+
+    def successor(self, peer: str, limit: int) -> Session:
+        """A session for the next connection: the same watches, which are to be set again, and no token
+        that was used before."""
+        session = Session(peer, limit, self._parser.limit, self.max_watches)
+        session.watches = self.watches
+        session._last_token = self._last_token
+        self.watches = {}
+        return session
+
+    def watches_again(self) -> list[Call[None]]:
+        """What sets them. The first event of each says that anything below it may have changed."""
+        for record in self.watches.values():
+            record.kind = ResyncEvent
+        return [calls.watch(one.path, one.token, one.depth) for one in self.watches.values()]
+
+    def refused(self, call: Call[None], error: StoreError) -> int:
+        """One of `watches_again` cannot be set: it is none any more. Its token."""
+        token = int(call.payload.split(b"\0", 2)[1])
+        self.watches.pop(token, None)
+        log.error("after reconnecting: %s", error)
+        return token
 
     def _down(self, call: Call[Any]) -> LinkDown:
         error = LinkDown(f"{op_name(call.op)} {call.path}: {self.dead}")

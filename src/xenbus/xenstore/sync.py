@@ -7,102 +7,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
-from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, UsageError
 from xenbus.xenstore import batch, calls
-from xenbus.xenstore.calls import Call, Path, Program, describe
-from xenbus.xenstore.session import Event, Session, WatchRecord
+from xenbus.xenstore.calls import Call, Path, Program
+from xenbus.xenstore.pipelink import PipeLink, dialer
+from xenbus.xenstore.reconnect import Reconnect
+from xenbus.xenstore.session import Event, WatchRecord
 from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
-from xenbus.xenstore.transport import Pipe, default_address, resolve
+from xenbus.xenstore.transport import Pipe
+from xenbus.xenstore.waiting import Nodes, Slot, one
 
 P = ParamSpec("P")
 T = TypeVar("T")
 REQUEST_TIMEOUT = 30.0
 # Different events that wait for `poll_watch`; past that, each watch has one, at its own path.
 MAX_EVENTS = 4096
-
-
-class _Slot:
-    """A waiter that a blocking caller looks at."""
-
-    __slots__ = ("_done", "_error", "_result")
-
-    def __init__(self) -> None:
-        self._done = False
-        self._result = b""
-        self._error: Exception | None = None
-
-    def done(self) -> bool:
-        return self._done
-
-    def set_result(self, result: bytes, /) -> None:
-        self._result, self._done = result, True
-
-    def set_exception(self, exception: Exception, /) -> None:
-        self._error, self._done = exception, True
-
-    def result(self) -> bytes:
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-class Asker:
-    """Whoever can send calls: a client, or one of its transactions."""
-
-    __slots__ = ()
-
-    def _submit(self, call: Call[Any]) -> _Slot:
-        raise NotImplementedError
-
-    def _wait(self, slot: _Slot) -> bytes:
-        raise NotImplementedError
-
-    def _drive(self, program: Program[T]) -> T:
-        raise NotImplementedError
-
-
-# Bound to a name of a class, an operation is a method with its own arguments and result.
-Method = Callable[Concatenate[Asker, P], T]
-
-
-def _one(make: Callable[P, Call[T]]) -> Method[P, T]:
-    def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        call = make(*args, **kwargs)
-        return call.parse(self._wait(self._submit(call)))
-
-    described: Method[P, T] = describe(method, make)
-    return described
-
-
-def _rounds(make: Callable[P, Program[T]]) -> Method[P, T]:
-    def method(self: Asker, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._drive(make(*args, **kwargs))
-
-    described: Method[P, T] = describe(method, make)
-    return described
-
-
-class Nodes(Asker):
-    """What a client and a transaction can both do: see calls.py."""
-
-    __slots__ = ()
-
-    read = _one(calls.read)
-    read_str = _one(calls.read_str)
-    write = _one(calls.write)
-    mkdir = _one(calls.mkdir)
-    rm = _one(calls.rm)
-    get_perms = _one(calls.get_perms)
-    set_perms = _one(calls.set_perms)
-    get = _rounds(calls.get)
-    exists = _rounds(calls.exists)
-    directory = _rounds(calls.directory)
-    gather = _rounds(calls.gather)
-    walk = _rounds(calls.walk)
-    dump = _rounds(calls.dump)
 
 
 class Watch(WatchRecord):
@@ -133,22 +55,25 @@ class Watch(WatchRecord):
 class Transaction(Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "ended", "id", "touched")
+    __slots__ = ("_client", "_session", "ended", "id", "touched")
 
     def __init__(self, client: SyncClient, tx_id: int) -> None:
         self._client = client
+        self._session = client._session
         self.id = tx_id
         self.ended = False
         self.touched = Touched()
 
-    def _submit(self, call: Call[Any]) -> _Slot:
+    def _submit(self, call: Call[Any]) -> Slot:
         if self.ended:
             raise UsageError(f"transaction {self.id} has ended")
+        if self._client._session is not self._session or self._session.dead is not None:
+            raise LinkDown(f"transaction {self.id} was lost with its connection")
         call.tx_id = self.id
         self.touched.add(call)
         return self._client._submit(call)
 
-    def _wait(self, slot: _Slot) -> bytes:
+    def _wait(self, slot: Slot) -> bytes:
         return self._client._wait(slot)
 
     def _drive(self, program: Program[T]) -> T:
@@ -175,49 +100,44 @@ class Batch(batch.Batch):
         return self._settle(self._client._commit(self, attempts, policy))
 
 
-class SyncClient(Nodes):
+class SyncClient(PipeLink, Nodes):
     """One connection, blocking. Errors and names as in `client.Client`.
 
     timeout: seconds that the store has for a reply; DeadlineError after that.
     """
 
-    def __init__(self, pipe: Pipe, timeout: float = REQUEST_TIMEOUT) -> None:
-        self.timeout = timeout
-        self._pipe = pipe
-        self._session = Session(pipe.peer, pipe.max_outstanding)
+    def __init__(self, pipe: Pipe, timeout: float = REQUEST_TIMEOUT, **options: Any) -> None:
+        super().__init__(pipe, timeout, **options)
         # Keys: (watch, event); a dict, for the order and so that equal events are one.
         self._events: dict[tuple[Watch, Event], None] = {}
 
     @classmethod
     def connect(
-        cls, target: str | os.PathLike[str] | Pipe | None = None, *, timeout: float = REQUEST_TIMEOUT
+        cls,
+        target: str | os.PathLike[str] | Pipe | Callable[[], Pipe] | None = None,
+        *,
+        timeout: float = REQUEST_TIMEOUT,
+        max_watches: int | None = None,
+        reconnect: Reconnect | None = None,
     ) -> SyncClient:
-        """`unix:/path`, a path (of a socket or a device), or a pipe; None: where libxenstore looks.
+        """`unix:/path`, a path (of a socket or a device), a pipe or a function that makes one; None: where
+        libxenstore looks.
 
+        max_watches: of this client; one more is StoreError E2BIG, before the store's own quota is met
+        reconnect:   the first call after a loss connects again, for `timeout` seconds at most
         LinkDown if nobody is there. UsageError for an address that only an event loop can drive.
         """
-        if target is not None and not isinstance(target, (str, os.PathLike)):
-            return cls(target, timeout)
-        scheme, rest = resolve(target or default_address())
-        if scheme.blocking is None:
-            raise UsageError(f"{scheme.name}: needs an event loop; use xenbus.xenstore.client")
-        return cls(scheme.blocking(rest), timeout)
-
-    @property
-    def peer(self) -> str:
-        return self._session.peer
-
-    @property
-    def closed(self) -> bool:
-        return self._session.dead is not None
-
-    def counts(self) -> dict[str, int]:
-        """What is held: watches, transactions, waiters, unanswered."""
-        return self._session.counts()
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._down(LinkDown("the connection was closed here"))
+        dial = dialer(target)
+        if reconnect is not None and dial is None:
+            raise UsageError("reconnect: a pipe cannot be made again; give an address, or a function")
+        pipe = target if dial is None else dial()
+        return cls(
+            pipe,  # type: ignore[arg-type]  # dial is None for a pipe alone
+            timeout,
+            max_watches=max_watches,
+            dial=dial,
+            reconnect=reconnect,
+        )
 
     def __enter__(self) -> SyncClient:
         return self
@@ -225,112 +145,7 @@ class SyncClient(Nodes):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- requests ----
-
-    def _submit(self, call: Call[Any]) -> _Slot:
-        slot = _Slot()
-        timeout = self.timeout
-        self._session.submit(call, slot, time.monotonic() + timeout, timeout)
-        return slot
-
-    def _wait(self, slot: _Slot) -> bytes:
-        """The slot's payload, or its error. Whatever interrupts us leaves the session right: the reply
-        that comes too late is dropped, and what it would have made is undone."""
-        timeout = self.timeout
-        until = 0.0
-        try:
-            while True:
-                self._flush()
-                if slot._done:
-                    return slot.result()
-                if until:
-                    timeout = until - time.monotonic()
-                    if timeout <= 0:
-                        # Events may have kept us busy all the time.
-                        self._session.expire(time.monotonic())
-                        continue
-                else:
-                    # Only the first wait gets the round number, so that the pipe need not set its own again.
-                    until = time.monotonic() + timeout
-                self._receive(timeout)
-        except BaseException:
-            if not slot._done:
-                slot.set_exception(LinkDown("nobody waits any more"))
-            raise
-
-    def _ask(self, call: Call[T]) -> T:
-        return call.parse(self._wait(self._submit(call)))
-
-    def _drive(self, program: Program[T], submit: Callable[[Call[Any]], _Slot] | None = None) -> T:
-        """Asks what `program` asks, round by round. Its result."""
-        try:
-            asked = next(program)
-            while True:
-                asked = program.send(self._round(asked, submit or self._submit))
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        finally:
-            program.close()
-            self._flush()
-
-    def _round(self, asked: Sequence[Call[Any]], submit: Callable[[Call[Any]], _Slot]) -> list[Any]:
-        slots = [submit(call) for call in asked]
-        outcomes: list[Any] = []
-        try:
-            for call, slot in zip(asked, slots, strict=True):
-                try:
-                    outcomes.append(call.parse(self._wait(slot)))
-                except XenbusError as exc:
-                    outcomes.append(exc)
-        except BaseException:
-            for call, slot in zip(asked, slots, strict=True):
-                if not slot._done:
-                    slot.set_exception(LinkDown("nobody waits any more"))
-                elif slot._error is None:
-                    self._session.disown(call, slot._result)
-            raise
-        return outcomes
-
-    def _flush(self) -> None:
-        session = self._session
-        if not session.out:
-            return
-        messages, session.out = session.out, []
-        try:
-            self._pipe.send(messages, self.timeout)
-        except (OSError, LinkDown) as exc:
-            self._down(exc)
-        except BaseException:
-            # Half a message may be out: nothing that follows would be understood.
-            self._down(LinkDown("interrupted while sending"))
-            raise
-
-    def _receive(self, timeout: float) -> bool:
-        """Takes what comes within `timeout` seconds. False if nothing did; then overdue waiters fail."""
-        session = self._session
-        try:
-            data = self._pipe.receive(max(timeout, 1e-6))
-        except TimeoutError:
-            session.expire(time.monotonic())
-            return False
-        except (OSError, LinkDown) as exc:
-            self._down(exc)
-            return False
-        if not data:
-            self._down(LinkDown(f"{self.peer} closed the connection"))
-            return False
-        try:
-            session.receive(data)
-        except PeerError as exc:
-            self._down(exc)
-            raise
-        return True
-
-    def _down(self, exc: Exception) -> None:
-        if self._session.dead is None:
-            self._session.drop_all(exc)
-            self._pipe.close()
+    # ---- several at once ----
 
     def batch(self) -> Batch:
         """Operations to be sent together, or committed as one transaction."""
@@ -372,13 +187,30 @@ class SyncClient(Nodes):
 
     def _wait_events(self, until: float, ready: Callable[[], bool]) -> bool:
         while not ready():
-            self._flush()
             if self._session.dead is not None:
-                raise LinkDown(f"events: {self._session.dead}") from self._session.dead
+                if self.closed:
+                    raise LinkDown(f"events: {self._session.dead}") from self._session.dead
+                self._restore()
+                continue
+            self._flush()
             left = until - time.monotonic()
             if not self._receive(left) and left <= 0:
                 return False
         return True
+
+    def process(self) -> float:
+        """For other people's loops: sends and takes what can be without waiting.
+
+        Callbacks of `submit` and of watches are called; events of watches without one wait for
+        `poll_watch(0)`. Returns the seconds until the next deadline, after which `process` is to be called
+        even if nothing came (inf: none). LinkDown; with `reconnect` the next call connects again, waiting.
+        """
+        left = self._process()
+        for watch, event in [key for key in self._events if key[0].handler is not None]:
+            del self._events[watch, event]
+            assert watch.handler is not None
+            watch.handler(event)
+        return left
 
     def _put(self, watch: Watch, event: Event) -> None:
         if len(self._events) >= MAX_EVENTS:
@@ -458,14 +290,14 @@ class SyncClient(Nodes):
             result = function(tx)
         except BaseException as exc:
             tx.ended = True
-            self._session.abort(tx.id)
+            tx._session.abort(tx.id)
             self._flush()
             if isinstance(exc, Conflict):
                 tx.touched.report(exc)
             raise
         call = calls.end(True)
         call.tx_id = tx.id
-        slot = self._submit(call)
+        slot = tx._submit(call)
         tx.ended = True
         try:
             self._wait(slot)
@@ -485,18 +317,18 @@ class SyncClient(Nodes):
 
     # ---- domains and the store itself ----
 
-    introduce = _one(calls.introduce)
-    release = _one(calls.release)
-    is_introduced = _one(calls.is_introduced)
-    resume_domain = _one(calls.resume_domain)
-    set_target = _one(calls.set_target)
-    get_domain_path = _one(calls.get_domain_path)
-    get_feature = _one(calls.get_feature)
-    set_feature = _one(calls.set_feature)
-    quota_names = _one(calls.quota_names)
-    get_quota = _one(calls.get_quota)
-    set_quota = _one(calls.set_quota)
-    control = _one(calls.control)
+    introduce = one(calls.introduce)
+    release = one(calls.release)
+    is_introduced = one(calls.is_introduced)
+    resume_domain = one(calls.resume_domain)
+    set_target = one(calls.set_target)
+    get_domain_path = one(calls.get_domain_path)
+    get_feature = one(calls.get_feature)
+    set_feature = one(calls.set_feature)
+    quota_names = one(calls.quota_names)
+    get_quota = one(calls.get_quota)
+    set_quota = one(calls.set_quota)
+    control = one(calls.control)
 
     def reset_watches(self) -> None:
         """All watches and transactions of this connection are gone; no callback from the call on."""

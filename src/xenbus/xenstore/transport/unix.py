@@ -73,6 +73,20 @@ class UnixPipe:
             raise TimeoutError(f"{self.peer} sent nothing for {timeout:g} s") from None
         return bytes(self._view[:count])
 
+    def take(self) -> bytes | None:
+        try:
+            count = self._sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return bytes(self._view[:count])
+
+    def offer(self, messages: Sequence[bytes]) -> bytes:
+        data = b"".join(messages)
+        try:
+            return data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return data
+
     def close(self) -> None:
         self._sock.close()
 
