@@ -21,7 +21,7 @@ from xenbus.xenstore.engine.oxenstored.domains import (
 from xenbus.xenstore.engine.oxenstored.events import WatchTrie
 from xenbus.xenstore.engine.oxenstored.views import Answer, Store, Transaction
 from xenbus.xenstore.engine.tree import Node, parent_of
-from xenbus.xenstore.wire import OK, Message, Op
+from xenbus.xenstore.wire import OK, Message
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
@@ -61,7 +61,8 @@ def plant(engine: Engine) -> Store:
 
 
 def _counted(handler: Handler) -> Handler:
-    """In a transaction there is room for so many operations, and each is kept with its answer."""
+    """In a transaction there is room for so many operations, and each is kept with its answer. The end is one
+    of them: a full transaction does not end (RESET_WATCHES does that)."""
 
     def counted(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
         if tx is None:
@@ -81,25 +82,12 @@ def _counted(handler: Handler) -> Handler:
     return counted
 
 
-def _ending(handler: Handler) -> Handler:
-    """The end is one of the operations, too, and happens even if there was no room for it."""
-
-    def ending(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
-        try:
-            return handler(engine, conn, message, tx)
-        finally:
-            if tx is not None and tx.tx_id not in conn.transactions:
-                tx.check_room(conn)
-
-    return ending
-
-
 def _unknown(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
     raise Fail("ENOSYS")
 
 
 HANDLERS: dict[int, Handler] = {
-    op: _ending(handler) if op == Op.TRANSACTION_END else _counted(handler)
+    op: _counted(handler)
     for room in (nodes, sessions, domains, control)
     for op, handler in room.HANDLERS.items()
 }
