@@ -192,3 +192,36 @@ def test_both_profiles(kind: str, script: str, tmp_path: Path) -> None:
         probe = Probe(daemon)
         lines = [_expected(line, kind in ("o", "ours-o")) for line in _scripts()[script]]
         assert [(request, probe.ask(request)) for request, _ in lines] == lines
+
+
+# Of quotas that are soon met. A full transaction of oxenstored's does not end, but by RESET_WATCHES.
+LIMITS = {"nodes": 3, "watches": 1, "transactions": 1, "transaction-nodes": 3}
+AT_THE_LIMIT = """
+1 WRITE a 1 -> OK
+1 WRITE b 1 -> OK
+1 WRITE c 1 -> ENOSPC | EQUOTA
+1 WRITE a/b/c 1 -> ENOSPC | EQUOTA
+A WRITE /local/domain/1/d 1 -> OK
+1 WATCH a t -> OK, event a t
+1 WATCH b t -> OK, event b t
+1 WATCH c t -> E2BIG | EQUOTA
+1 START t -> a transaction
+1 START u -> a transaction
+1 START v -> ENOSPC | EQUOTA
+1@t READ a -> 1
+1@t READ b -> 1
+1@t READ d -> 1
+1@t READ e -> ENOSPC | EQUOTA
+1@t END F -> OK | EQUOTA
+1@t END F -> ENOENT | EQUOTA
+1 RESET -> OK
+1@t END F -> ENOENT | EIO
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs(kind)) for kind in KINDS])
+def test_at_the_limit(kind: str, tmp_path: Path) -> None:
+    with start(kind, tmp_path / "d", quotas=LIMITS) as daemon:
+        probe = Probe(daemon)
+        lines = [_expected(line, kind in ("o", "ours-o")) for line in AT_THE_LIMIT.split("\n")[1:-1]]
+        assert [(request, probe.ask(request)) for request, _ in lines] == lines
