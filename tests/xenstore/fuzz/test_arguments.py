@@ -151,29 +151,29 @@ def right(op: Op) -> bytes:
     return data if takes.terminated else data[:-1]
 
 
-def wrong(op: Op, sender: int) -> Iterator[bytes]:
-    """Payloads that this operation must refuse, one defect each."""
+def wrong(op: Op, sender: int) -> Iterator[tuple[str, bytes]]:
+    """What is wrong (a kind of word, or "words": their number), and a payload that must be refused for it."""
     takes = TABLE[op]
     words = [value for _, value in takes.words]
     if not words:
         return
     if 0 not in takes.fewer:
-        yield b"\xff" * 4096
+        yield "words", b"\xff" * 4096
     for count in range(len(words)):
         if count not in takes.fewer:
-            yield joined(words[:count])
+            yield "words", joined(words[:count])
     if not takes.more:
-        yield joined([*words, b"", b"1"])
+        yield "words", joined([*words, b"", b"1"])
     if takes.terminated:
-        yield joined(words)[:-1]
+        yield "words", joined(words)[:-1]
     for at, (kind, _) in enumerate(takes.words):
         bad = list(WRONG[kind])
-        if kind in ("path", "special") and sender:
+        if kind in ("path", "special"):
             bad += [LONG, b"x" * 2049]
         for value in bad:
             data = joined([*words[:at], value, *words[at + 1 :]])
             if len(data) <= 4096:
-                yield data
+                yield kind, data
 
 
 def test_no_operation_is_forgotten() -> None:
@@ -202,7 +202,7 @@ def test_wrong_arguments_are_refused_by_name_and_change_nothing(op: Op, sender: 
     takes, scene = TABLE[op], Scene(sender)
     allowed = {"EACCES"} if takes.privileged and sender else {"EINVAL"} | takes.names
     before = scene.state()
-    for payload in wrong(op, sender):
+    for _, payload in wrong(op, sender):
         tx = scene.live if op == Op.TRANSACTION_END else 0
         assert scene.answer(op, payload, tx) in allowed, payload
         assert scene.state() == before, payload
@@ -216,7 +216,7 @@ def test_a_transaction_that_is_not_ones_own(op: Op, sender: int) -> None:
     takes, scene = TABLE[op], Scene(sender)
     before = scene.state()
     for tx in (scene.foreign, 99, 2**31, 2**32 - 1):
-        for payload in (right(op), *wrong(op, sender)):
+        for payload in (right(op), *(payload for _, payload in wrong(op, sender))):
             if op in NO_TRANSACTION:
                 continue
             expected = "EACCES" if takes.privileged and sender else "ENOENT"
@@ -231,7 +231,7 @@ def test_wrong_arguments_in_a_transaction(op: Op, sender: int) -> None:
     takes, scene = TABLE[op], Scene(sender)
     allowed = {"EACCES"} if takes.privileged and sender else {"EINVAL"} | takes.names
     before = scene.state()
-    for payload in wrong(op, sender):
+    for _, payload in wrong(op, sender):
         assert scene.answer(op, payload, scene.live) in allowed, payload
         assert scene.state() == before, payload
     assert scene.answer(Op.TRANSACTION_START, b"\0", scene.live) == "EBUSY"

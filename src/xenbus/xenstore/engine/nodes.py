@@ -46,12 +46,12 @@ def canonical(conn: Connection, raw: bytes, *, special: bool = False) -> bytes:
             raw = conn.home + raw
         if not _valid_absolute(raw):
             raise Fail("EINVAL")
-    if conn.guest:
-        limit = conn.domain.quotas.path_max
-        if limit and len(raw) > limit:
-            home = _home(raw)
-            if len(raw) - (home.end() if home else 0) > limit:
-                raise Fail("EINVAL")
+    # The one limit that is domain 0's as well (is_valid_nodename of 4.17).
+    limit = conn.domain.quotas.path_max
+    if limit and len(raw) > limit:
+        home = _home(raw)
+        if len(raw) - (home.end() if home else 0) > limit:
+            raise Fail("EINVAL")
     return raw
 
 
