@@ -1,5 +1,5 @@
-"""Our clients on everybody's daemons, by the same operations: Debian's xenstored and oxenstored, and ours. What
-becomes of whoever waits when the daemon is killed."""
+"""Our clients on everybody's daemons, by the same operations: Debian's xenstored and oxenstored, and ours.
+And what becomes of whoever waits when the daemon is killed."""
 
 from __future__ import annotations
 
