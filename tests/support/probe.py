@@ -11,6 +11,7 @@ and of others `2: event ...`. Of a header, only what is not as it should be is s
 from __future__ import annotations
 
 import re
+from copy import copy
 
 from tests.support.xenstored import DEADLINE, Xenstored
 from xenbus.xenstore.transport import Pipe
@@ -57,33 +58,50 @@ class Probe:
     """A daemon and its clients; domains 1 and 2 are introduced."""
 
     def __init__(self, daemon: Xenstored) -> None:
-        self.daemon = daemon
+        self._deaf: frozenset[str] = frozenset()
         self._lines = {"A": _Line(daemon.connect()), "B": _Line(daemon.connect())}
         for domid in (1, 2):
             self._lines[str(domid)] = _Line(daemon.introduce(domid))
 
+    def without(self, client: str) -> Probe:
+        """The same, but that client is never looked at, unless it asks something itself."""
+        other = copy(self)
+        other._deaf = self._deaf | {client}
+        return other
+
+    def post(self, request: str) -> None:
+        """Send one line of a script, and wait for nothing."""
+        self._send(*self._parse(request)[:-1])
+
     def ask(self, request: str) -> str:
         """What came of one line of a script."""
+        line, op, tx_id, words, begins = self._parse(request)
+        got = line.until(self._send(line, op, tx_id, words))
+        (reply,) = [one for one in got if one.op != Op.WATCH_EVENT]
+        if begins and reply.op == op:
+            line.transactions[begins] = int(reply.payload[:-1])
+            reply.payload = b"a transaction"
+        got += line.rest()
+        said = [_said(one, tx_id) for one in got]
+        if op == Op.RELEASE and reply.op == op:
+            self._lines.pop(words[0], None)
+        for other, its in self._lines.items():
+            if its is not line and other not in self._deaf:
+                said += [f"{other}: {_said(one, 0)}" for one in its.rest()]
+        return ", ".join(said)
+
+    def _parse(self, request: str) -> tuple[_Line, int, int, list[str], str]:
+        """Client, operation, transaction, words, and the name of the transaction that it begins."""
         who, name, *words = request.split(" ")
         who, _, transaction = who.partition("@")
         line = self._lines[who]
         tx_id = line.transactions.get(transaction) or int(transaction or 0)
         op = int(name) if name.isdigit() else _NAMES.get(name) or Op[name]
         begins = words.pop() if op == Op.TRANSACTION_START and len(words) == 1 else ""
-        req_id = line.send(op, tx_id, _payload(op, words))
-        got = line.until(req_id)
-        (reply,) = [one for one in got if one.op != Op.WATCH_EVENT]
-        if begins and reply.op == op:
-            line.transactions[begins] = int(reply.payload[:-1])
-            reply.payload = b"a transaction"
-        got += line.rest()
-        said = [_said(one, op, tx_id) for one in got]
-        if op == Op.RELEASE and reply.op == op:
-            self._lines.pop(words[0], None)
-        for other, its in self._lines.items():
-            if its is not line:
-                said += [f"{other}: {_said(one, 0, 0)}" for one in its.rest()]
-        return ", ".join(said)
+        return line, op, tx_id, words, begins
+
+    def _send(self, line: _Line, op: int, tx_id: int, words: list[str]) -> int:
+        return line.send(op, tx_id, _payload(op, words))
 
 
 def _payload(op: int, words: list[str]) -> bytes:
@@ -97,7 +115,7 @@ def _word(word: str) -> bytes:
     return re.sub(r"(\w|\w/)\*(\d+)", lambda found: found[1] * int(found[2]), word).encode()
 
 
-def _said(message: Message, op: int, tx_id: int) -> str:
+def _said(message: Message, tx_id: int) -> str:
     if message.op == Op.WATCH_EVENT:
         return "event " + " ".join(map(_short, parse_event(message.payload)))
     wrong = f" (tx {message.tx_id})" * (message.tx_id != tx_id)

@@ -30,7 +30,7 @@ import pytest
 from tests.support.machine import FileHypervisor, GuestRing, Machine
 from xenbus.errors import LinkDown
 from xenbus.xenstore.daemon import Daemon
-from xenbus.xenstore.engine import profile_of
+from xenbus.xenstore.engine import OXENSTORED, profile_of
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.unix import UnixPipe, dial
 from xenbus.xenstore.wire import CODECS, HEADER_SIZE, Op, encode
@@ -188,7 +188,13 @@ class _Process(Xenstored):
     """One of the real ones."""
 
     def __init__(
-        self, kind: str, folder: Path, quotas: Mapping[str, int], hurry: int, options: Sequence[str]
+        self,
+        kind: str,
+        folder: Path,
+        quotas: Mapping[str, int],
+        hurry: int,
+        options: Sequence[str],
+        patience: float,
     ):
         super().__init__(folder)
         self._log = (folder / "log").open("w+")
@@ -201,7 +207,7 @@ class _Process(Xenstored):
         }
         if hurry:
             environment["XENBUS_MACHINE_HURRY"] = str(hurry)
-        arguments = (_c_arguments if kind == "c" else _o_arguments)(folder, quotas)
+        arguments = _c_arguments(folder, quotas) if kind == "c" else _o_arguments(folder, quotas, patience)
         path = program(kind)
         assert path is not None, missing(kind)
         self.process = subprocess.Popen(
@@ -253,7 +259,7 @@ def _c_arguments(folder: Path, quotas: Mapping[str, int]) -> list[str]:
     return ["--no-fork", "--timeout=watch-event=0", f"--pid-file={folder / 'pid'}", *limits]
 
 
-def _o_arguments(folder: Path, quotas: Mapping[str, int]) -> list[str]:
+def _o_arguments(folder: Path, quotas: Mapping[str, int], patience: float) -> list[str]:
     settings: dict[str, object] = {
         "pid-file": folder / "pid",
         "xenstored-kva": folder / "0" / "page",
@@ -262,8 +268,7 @@ def _o_arguments(folder: Path, quotas: Mapping[str, int]) -> list[str]:
         "persistent": "false",
         "quota-activate": "true",
         "quota-path-max": 1024,  # as in the file that comes with it
-        # No domain has to wait for having caused conflicts: a test would go by the clock.
-        "conflict-max-history-seconds": "0.0",
+        "conflict-max-history-seconds": float(patience),
         **{_O_KEYS[name]: value for name, value in quotas.items()},
     }
     config = folder / "oxenstored.conf"
@@ -277,8 +282,9 @@ class _Thread(Xenstored):
     daemon: Daemon
     hypervisor: FileHypervisor
 
-    def __init__(self, folder: Path, quotas: Mapping[str, int], profile: str) -> None:
+    def __init__(self, folder: Path, quotas: Mapping[str, int], profile: str, patience: float) -> None:
         super().__init__(folder)
+        self._patience = patience
         self._profile = profile_of(profile)
         self._quotas = self._profile.quotas(quotas)
         self._ready = threading.Event()
@@ -301,6 +307,8 @@ class _Thread(Xenstored):
         self._stop = asyncio.Event()
         self.hypervisor = FileHypervisor(self.machine.folder)
         self.daemon = Daemon(self.hypervisor, self._quotas, profile=self._profile)
+        if self._profile is OXENSTORED:
+            self.daemon.engine.beside.conflicts.seconds = self._patience
         self.hypervisor.on_shutdown = self.daemon.domain_shutdown
         try:
             await self.daemon.listen_unix(self.socket)
@@ -330,6 +338,7 @@ def start(
     quotas: Mapping[str, int] | None = None,
     hurry: int = 0,
     options: Sequence[str] = (),
+    patience: float = 0,
 ) -> Xenstored:
     """A daemon that serves already.
 
@@ -339,8 +348,9 @@ def start(
     hurry:   a real one's monotonic clock goes so many times faster: xenstored lets a guest write 200 times
              a second, which makes no sense here
     options: further arguments of a real one
+    patience: how long oxenstored holds it against a guest that it made another's transaction fail, seconds
     AssertionError, with its log, if it does not come to serve.
     """
     if kind in OURS:
-        return _Thread(folder, quotas or {}, OURS[kind])
-    return _Process(kind, folder, quotas or {}, hurry, options)
+        return _Thread(folder, quotas or {}, OURS[kind], patience)
+    return _Process(kind, folder, quotas or {}, hurry, options, patience)

@@ -35,7 +35,7 @@ class _Record:
 
 
 class Conflicts:
-    """seconds: how long a tick is; only transactions younger than a tick or two have somebody to blame."""
+    """seconds: how long a tick is, 0 for none; who is younger than a tick or two has somebody to blame."""
 
     def __init__(self, engine: Engine, history: History) -> None:
         self.seconds = SECONDS
@@ -70,7 +70,7 @@ class Conflicts:
     # ---- what happens ----
 
     def started(self, tx: Transaction) -> None:
-        if self._engine.hooks is not None:
+        if self._engine.hooks is not None and self.seconds:
             self._young[tx] = self._first + len(self._records)
             self._start_ticking()
 

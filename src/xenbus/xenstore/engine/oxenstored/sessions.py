@@ -114,6 +114,7 @@ def _commit(conn: Connection, tx: Transaction) -> None:
         if tx.merges:
             store.merge(tx)
         elif any(op not in OPERATIONS for op, _, _ in tx.operations):
+            _next_id(conn)  # for doing it again, which ends at once
             raise Fail("EAGAIN")
         elif not _works(conn, tx, None):
             store.conflicts.blame(tx, conn, lambda epoch: _works(conn, tx, epoch))
