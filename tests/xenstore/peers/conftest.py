@@ -18,6 +18,7 @@ class Both:
 
     theirs: Xenstored
     ours: Xenstored
+    profile: str = "xenstored"
 
 
 @contextlib.contextmanager
@@ -41,3 +42,12 @@ def both(ours: Xenstored) -> Iterator[Both]:
         pytest.skip(missing("c"))
     with served("c") as theirs:
         yield Both(theirs, ours)
+
+
+@pytest.fixture(scope="module")
+def both_oxenstored() -> Iterator[Both]:
+    """Debian's oxenstored, and ours with that profile."""
+    if missing("o"):
+        pytest.skip(missing("o"))
+    with served("o") as theirs, served("ours-o") as ours:
+        yield Both(theirs, ours, "oxenstored")

@@ -150,7 +150,10 @@ def test_list_and_ls(both: Both) -> None:
         line("xenstore-ls -f -p"),
     )
     assert said[1].out == b"a\nc\n"
-    assert said[16].out.count(b"\n") == 600
+    if both.profile == "xenstored":
+        assert said[16].out.count(b"\n") == 600
+    else:
+        assert said[16].code == 1, "oxenstored sends such a list as it is, and libxenstore takes none"
 
 
 def test_exists(both: Both) -> None:
