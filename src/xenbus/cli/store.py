@@ -1,4 +1,4 @@
-"""`xenbus store`: what xenstore-ls, -read, -write, -rm, -chmod and -watch do, and a daemon alone.
+"""`xenbus store`: what the xenstore-* programs do, and a daemon alone.
 
 Knows the blocking client and the daemon's entry. Any XenStore will do, Xen's own too.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
+from xenbus.cli.exits import Exit
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 if TYPE_CHECKING:
-    from xenbus.xenstore.sync import SyncClient
+    from xenbus.xenstore.sync import SyncClient, Transaction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,6 +86,23 @@ def _escape(byte: int) -> str:
 _ESCAPES = [_escape(byte) for byte in range(256)]
 
 
+_ESCAPED = re.compile(rb"\\(?:([tnr\\])|x([0-9a-fA-F]{2})|([0-7]{1,3})|)", re.DOTALL)
+_NAMED = {b"t": b"\t", b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
+
+
+def unescaped(text: str) -> bytes:
+    """The value that is shown like this. UsageError for a backslash that begins no escape."""
+
+    def plain(found: re.Match[bytes]) -> bytes:
+        named, hexadecimal, octal = found.groups()
+        number = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else 256
+        if named is None and number > 255:
+            raise UsageError(f"{text[:60]!r}: a backslash begins \\t, \\n, \\r, \\\\, \\xHH or \\OOO")
+        return _NAMED[named] if named else bytes([number])
+
+    return _ESCAPED.sub(plain, os.fsencode(text))
+
+
 def jsonable(value: bytes | None) -> object:
     """Text where it is UTF-8, otherwise `{"base64": ...}`; null for what may not be read."""
     if value is None:
@@ -96,6 +115,10 @@ def jsonable(value: bytes | None) -> object:
 
 def _perms(client: SyncClient, path: str) -> list[str]:
     return [str(perm) for perm in client.get_perms(path)]
+
+
+def _child(path: str, name: str) -> str:
+    return f"/{name}" if path == "/" else f"{path}/{name}"
 
 
 # Commands
@@ -146,11 +169,14 @@ def ls(connect: Callable[[], SyncClient], path: str, full: bool, perms: bool, as
 
 @command.command("read")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-p", "prefix", is_flag=True, help="Print each path before its value.")
 @click.option("--raw", is_flag=True, help="Print the bytes as they are, with nothing added.")
 @json_option
 @target_options
-def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, as_json: bool) -> None:
-    """Print the values of nodes, a line each.
+def read(
+    connect: Callable[[], SyncClient], paths: tuple[str, ...], prefix: bool, raw: bool, as_json: bool
+) -> None:
+    """Print the values of nodes, a line each, what is no plain text escaped.
 
     \b
     Example:
@@ -162,7 +188,7 @@ def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, a
         for value in values.values():
             click.echo(value, nl=False)
         return
-    lines = "\n".join(escaped(values[path]) for path in paths)
+    lines = "\n".join((f"{path}: " if prefix else "") + escaped(values[path]) for path in paths)
     if as_json:
         emit({path: jsonable(value) for path, value in values.items()}, True, "")
     else:
@@ -171,8 +197,9 @@ def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, a
 
 @command.command("write")
 @click.argument("pairs", nargs=-1, required=True, metavar="PATH VALUE...")
+@click.option("-e", "escapes", is_flag=True, help="Values have escapes, as `read` prints them.")
 @target_options
-def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
+def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...], escapes: bool) -> None:
     """Write values, taken as they stand; several pairs in one transaction. Missing parents are made.
 
     \b
@@ -181,13 +208,14 @@ def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
     """
     if len(pairs) % 2:
         raise UsageError(f"{pairs[-1]}: a value is missing")
+    values = [unescaped(value) if escapes else value for value in pairs[1::2]]
     with connect() as client:
         if len(pairs) == 2:
-            client.write(*pairs)
+            client.write(pairs[0], values[0])
             return
 
         batch = client.batch()
-        for path, value in zip(pairs[::2], pairs[1::2], strict=True):
+        for path, value in zip(pairs[::2], values, strict=True):
             batch.write(path, value)
         batch.commit()
 
@@ -209,26 +237,76 @@ def mkdir(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
 
 @command.command("rm")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "-t", "tidy", is_flag=True, help="Remove parents, too, that are left empty: no value, no child."
+)
 @target_options
-def rm(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
-    """Remove nodes and all below them; one that is not there is an error.
+def rm(connect: Callable[[], SyncClient], paths: tuple[str, ...], tidy: bool) -> None:
+    """Remove nodes and all below them, all or none; one that is not there is an error.
 
     \b
     Example:
-      xenbus store rm /local/domain/1/data
+      xenbus store rm -t /local/domain/1/device/vbd/51712
+    """
+
+    def remove(tx: Transaction) -> None:
+        for path in paths:
+            tx.read(path)  # the store itself calls it a success when only the last name is missing
+            tx.rm(path)
+            above = path.rpartition("/")[0]
+            while tidy and above and not tx.directory(above) and not tx.read(above):
+                tx.rm(above)
+                above = above.rpartition("/")[0]
+
+    with connect() as client:
+        client.transaction(remove)
+
+
+@command.command("exists")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@target_options
+@click.pass_context
+def exists(context: click.Context, connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
+    """End with 0 if all of the nodes are there, with 3 if one is not. Nothing is printed.
+
+    \b
+    Example:
+      xenbus store exists /local/domain/1/device/vbd/51712 && echo attached
     """
     with connect() as client:
-        for path in paths:
-            client.read(path)  # the store itself calls it a success when only the last name is missing
-            client.rm(path)
+        if not all(client.exists(path) for path in paths):
+            context.exit(Exit.NOT_FOUND)
+
+
+@command.command("list")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-p", "full", is_flag=True, help="Print whole paths.")
+@json_option
+@target_options
+def list_children(
+    connect: Callable[[], SyncClient], paths: tuple[str, ...], full: bool, as_json: bool
+) -> None:
+    """Print the names of the children of nodes, a line each; `ls` prints all that is below, with values.
+
+    \b
+    Example:
+      xenbus store list /local/domain
+    """
+    with connect() as client:
+        names = {path: client.directory(path) for path in paths}
+    lines = (_child(path, name) if full else name for path, below in names.items() for name in below)
+    emit(names, as_json, lambda: "\n".join(lines))
 
 
 @command.command("perms")
 @click.argument("path")
 @click.argument("entries", nargs=-1, metavar="[PERM]...")
+@click.option("-r", "below", is_flag=True, help="Set those of all nodes below, too, in one transaction.")
 @json_option
 @target_options
-def perms(connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...], as_json: bool) -> None:
+def perms(
+    connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...], below: bool, as_json: bool
+) -> None:
     """Print a node's permissions, or set them: n, r, w or b and a domain's number; the owner first.
 
     \b
@@ -236,6 +314,9 @@ def perms(connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...]
       xenbus store perms /local/domain/1/data n1 r0
     """
     with connect() as client:
+        if entries and below:
+            client.transaction(lambda tx: [tx.set_perms(node.path, entries) for node in tx.walk(path)])
+            return
         if entries:
             client.set_perms(path, entries)
             return
@@ -278,6 +359,21 @@ def watch(
                 raise DeadlineError(
                     f"{what} below {', '.join(paths)} ({seen} came)", client.peer, timeout or 0
                 )
+
+
+@command.command("control")
+@click.argument("words", nargs=-1, required=True, metavar="WORD...")
+@target_options
+def control(connect: Callable[[], SyncClient], words: tuple[str, ...]) -> None:
+    """Ask the daemon itself: `help` lists what it knows, `check` looks for what is inconsistent.
+
+    \b
+    Example:
+      xenbus store control quota 1
+    """
+    with connect() as client:
+        answer = client.control(*words)
+    click.echo(answer, nl=not answer.endswith("\n"))
 
 
 @command.command("serve")
