@@ -246,13 +246,13 @@ class Node(NamedTuple):
     perms: list[Perm] | None = None
 
 
-def walk(path: Path = "/", perms: bool = False) -> Program[list[Node]]:
+def walk(path: Path = "/", perms: bool = False, limit: int = WALK_LIMIT) -> Program[list[Node]]:
     """The node and all below it, parents first, as the store lists them.
 
     Level by level, one write for up to WALK_ROUND nodes of a level. A node that goes meanwhile is left out;
     what may not be read has None for its value, and no children if they may not be listed. Only in a
     transaction is it the tree of one moment. NoEntry if `path` itself is missing; PeerError past
-    WALK_LIMIT nodes.
+    `limit` nodes.
     """
     top = checked(_READ, path)
     nodes: dict[str, Node] = {}
@@ -264,8 +264,8 @@ def walk(path: Path = "/", perms: bool = False) -> Program[list[Node]]:
             following += yield from _look(level[start : start + WALK_ROUND], perms, nodes, below)
         if top not in nodes:
             raise NoEntry("ENOENT", "READ", top)
-        if len(nodes) > WALK_LIMIT:
-            raise PeerError(f"more than {WALK_LIMIT} nodes below {top}")
+        if len(nodes) > limit:
+            raise PeerError(f"more than {limit} nodes at and below {top}")
         level = following
     found, stack = [], [top]
     while stack:

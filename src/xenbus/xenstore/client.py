@@ -24,7 +24,9 @@ from xenbus.xenstore import batch, calls
 from xenbus.xenstore.asking import Nodes, one
 from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.events import EventStream
+from xenbus.xenstore.image import MIRROR_LIMIT
 from xenbus.xenstore.link import Dependent, Link, dialer
+from xenbus.xenstore.mirror import Mirror
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Event, WatchRecord
 from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
@@ -268,6 +270,12 @@ class Client(Link, Nodes):
                 f"a change of {where}", owed_by or f"whoever writes {where}", timeout
             ) from None
         raise LinkDown("events ended")
+
+    def mirror(self, path: Path, *, limit: int = MIRROR_LIMIT) -> Mirror:
+        """`async with client.mirror(p) as mirror`: the node and all below it, kept here; see `Mirror`.
+
+        PeerError past `limit` nodes."""
+        return Mirror(self, path, limit)
 
     # ---- transactions ----
 

@@ -13,9 +13,11 @@ from typing import Any, ParamSpec, TypeVar
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, UsageError
 from xenbus.xenstore import batch, calls
 from xenbus.xenstore.calls import Call, Path, Program
+from xenbus.xenstore.image import MIRROR_LIMIT
 from xenbus.xenstore.pipelink import PipeLink, dialer
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Event, WatchRecord
+from xenbus.xenstore.sync_mirror import SyncMirror
 from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
 from xenbus.xenstore.transport import Pipe
 from xenbus.xenstore.waiting import Nodes, Slot, one
@@ -261,6 +263,12 @@ class SyncClient(PipeLink, Nodes):
             self.timeout = usual
             if watch is not None:
                 self._unwatch(watch, wait=False)
+
+    def mirror(self, path: Path, *, limit: int = MIRROR_LIMIT) -> SyncMirror:
+        """`with client.mirror(p) as mirror`: the node and all below it, kept here; see `SyncMirror`.
+
+        PeerError past `limit` nodes."""
+        return SyncMirror(self, path, limit)
 
     # ---- transactions ----
 
