@@ -137,7 +137,7 @@ class Image(Mapping[str, bytes | None]):
                 self._dirty[path] = None
                 continue
             nodes = {} if isinstance(outcome, (NoEntry, Denied)) else {one.path: one.value for one in outcome}
-            # A deep write fires for the last node alone, which may be gone again: those above it are news too.
+            # A deep write fires for the last node alone, which may be gone again: those above are news too.
             for node in reversed(list(self._above(path))):
                 if node not in self._values and node in above:
                     if isinstance(above[node], NoEntry):
