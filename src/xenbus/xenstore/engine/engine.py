@@ -247,6 +247,27 @@ class Engine:
         tx.domain.memory -= tx.memory
         tx.release()
 
+    def commit(self, tx: Transaction) -> None:
+        """What it wrote becomes the store's. The caller has checked that it may."""
+        nodes = self.nodes
+        for path, entry in tx.accessed.items():
+            if not entry.modified:
+                continue
+            base, node = entry.base, entry.node
+            if base is not None:
+                self.domain(base.perms[0][1]).memory -= len(path) + base.size
+            if node is None:
+                if base is not None:
+                    self.generation += 1
+                    del nodes[path]
+                continue
+            self.generation += 1
+            node.generation = self.generation
+            nodes[path] = node
+            self.domain(node.perms[0][1]).memory += len(path) + node.size
+        for domid, delta in tx.nodes.items():
+            self.domain(domid).nodes += delta
+
     # ---- events ----
 
     def fire(

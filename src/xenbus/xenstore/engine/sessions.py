@@ -109,7 +109,7 @@ def end(engine: Engine, conn: Connection, message: Message, tx: Transaction | No
     if tx.failed:
         raise Fail("ENOMEM")
     _check(engine, conn, tx)
-    _commit(engine, tx)
+    engine.commit(tx)
     for path, entry in tx.accessed.items():
         if entry.fire != FIRE_NOT:
             perms = None if entry.node is None else entry.node.perms
@@ -131,27 +131,6 @@ def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
             raise Fail("EAGAIN")
     if tx.stale:
         raise Fail("EAGAIN")
-
-
-def _commit(engine: Engine, tx: Transaction) -> None:
-    nodes = engine.nodes
-    for path, entry in tx.accessed.items():
-        if not entry.modified:
-            continue
-        base, node = entry.base, entry.node
-        if base is not None:
-            engine.domain(base.perms[0][1]).memory -= len(path) + base.size
-        if node is None:
-            if base is not None:
-                engine.generation += 1
-                del nodes[path]
-            continue
-        engine.generation += 1
-        node.generation = engine.generation
-        nodes[path] = node
-        engine.domain(node.perms[0][1]).memory += len(path) + node.size
-    for domid, delta in tx.nodes.items():
-        engine.domain(domid).nodes += delta
 
 
 HANDLERS: dict[int, Handler] = {

@@ -5,7 +5,7 @@ Knows the engine; what a connection has read and not sent yet is told by whoever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from xenbus.xenstore.engine import Connection, Domain, Engine
@@ -24,6 +24,9 @@ from xenbus.xenstore.state.records import (
     TransactionData,
     WatchData,
 )
+
+# Past every domid.
+SOCKETS_FROM = 0x10000
 
 
 @dataclass(slots=True)
@@ -48,17 +51,10 @@ def dump(engine: Engine, held: Sequence[Held] = (), *, transactions: bool = True
     transactions: False for a reader that knows none (xenstored takes their nodes for the store's)
     """
     yield GlobalQuotaData(engine.quotas.as_dict())
-    numbers: dict[Connection, int] = {}
-    for number, one in enumerate(held, 1):
-        numbers[one.conn] = number
-        outbound = one.unsent + b"".join(one.conn.out)
-        yield ConnectionData(number, one.spec, one.inbound, outbound, one.partial)
-    served = {one.conn.domain for one in held}
-    number = len(held)
-    for domain in engine.domains.values():
-        if domain.guest and domain.introduced and domain not in served:
-            number += 1
-            yield ConnectionData(number, Ring(domain.domid, domain.target, 0))
+    numbers = {one.conn: conn_id(one, at) for at, one in enumerate(held)}
+    for one, number in zip(held, numbers.values(), strict=True):
+        yield connection(one, number)
+    yield from unserved(engine, {one.conn.domain for one in held})
     yield from watches(numbers)
     pending = [(conn, tx) for conn in numbers for tx in conn.transactions.values()] if transactions else []
     for conn, tx in pending:
@@ -69,6 +65,23 @@ def dump(engine: Engine, held: Sequence[Held] = (), *, transactions: bool = True
     for domain in engine.domains.values():
         if domain.guest:
             yield domain_data(engine, domain)
+
+
+def conn_id(held: Held, at: int) -> int:
+    """A ring's is its domid, so that what is said of it later finds it."""
+    return held.spec.domid if isinstance(held.spec, Ring) else SOCKETS_FROM + at
+
+
+def connection(held: Held, number: int) -> ConnectionData:
+    outbound = held.unsent + b"".join(held.conn.out)
+    return ConnectionData(number, held.spec, held.inbound, outbound, held.partial)
+
+
+def unserved(engine: Engine, served: Container[Domain]) -> Iterator[ConnectionData]:
+    """Domains that are introduced and have no ring that works."""
+    for domain in engine.domains.values():
+        if domain.guest and domain.introduced and domain not in served:
+            yield ConnectionData(domain.domid, Ring(domain.domid, domain.target, 0))
 
 
 def watches(numbers: dict[Connection, int]) -> Iterator[WatchData]:

@@ -17,6 +17,7 @@ from xenbus.xenstore.state.records import (
     NodeData,
     Placed,
     Ring,
+    RingPosition,
     TransactionData,
     WatchData,
 )
@@ -33,10 +34,11 @@ class Image:
 
     nodes: of the store, by path; `in_order` gives them parents first
     views: of transactions, by (connection, transaction), in order
+    positions: of journals alone: where a domain's ring stood when its connection was written down
     """
 
-    __slots__ = ("_children", "connections", "domains", "globals", "nodes", "quotas", "transactions",
-                 "views", "watches")  # fmt: skip
+    __slots__ = ("_children", "connections", "domains", "globals", "nodes", "positions", "quotas",
+                 "transactions", "views", "watches")  # fmt: skip
 
     def __init__(self) -> None:
         self.globals: GlobalData | None = None
@@ -47,6 +49,7 @@ class Image:
         self.transactions: dict[tuple[int, int], Placed] = {}
         self.views: dict[tuple[int, int], list[Placed]] = {}
         self.nodes: dict[bytes, Placed] = {}
+        self.positions: dict[int, RingPosition] = {}
         self._children: dict[bytes, dict[bytes, None]] = {}
 
     # ---- a stream ----
@@ -134,8 +137,10 @@ class Image:
         self.nodes[path] = placed
 
     def _remove(self, placed: Placed, path: bytes) -> None:
-        if path not in self.nodes or path == b"/":
-            raise placed.error(f"node {path!r} is removed, but is not there")
+        if path == b"/":
+            raise placed.error("the root is removed")
+        if path not in self.nodes:
+            return  # it came and went between two batches
         siblings = self._children.get(parent_of(path))
         if siblings is not None:
             siblings.pop(path, None)
@@ -181,8 +186,13 @@ class Image:
                 self.domains.clear()
                 self.connections.clear()
                 self.watches.clear()
+                self.positions.clear()
             elif isinstance(record, ConnectionData):
                 self.connections.pop(record.conn_id, None)
+                self.positions.pop(record.conn_id, None)
+            elif isinstance(record, RingPosition):
+                self.positions[record.domid] = record
+                continue
             elif isinstance(record, DomainData):
                 self.domains.pop(record.domid, None)
             elif not isinstance(record, WatchData):

@@ -55,6 +55,10 @@ class RecordType(IntEnum):
     WATCH_DATA_EXTENDED = 8
 
 
+# Ours, and not of a stream: see RingPosition.
+RING_POSITION = 0x58530001
+
+
 class NodeAccess(IntFlag):
     """What a transaction did with a node. 0: it deleted it."""
 
@@ -147,14 +151,33 @@ class DomainData:
     quotas: dict[str, int] = field(default_factory=dict)
 
 
-Record = GlobalData | ConnectionData | WatchData | TransactionData | NodeData | GlobalQuotaData | DomainData
+@dataclass(slots=True)
+class RingPosition:
+    """Of journals alone, after a ring's CONNECTION_DATA: where the page's indices stood. What the store read
+    from the ring, and wrote to it, since then is known by them."""
+
+    domid: int
+    req_cons: int
+    rsp_prod: int
+
+
+Record = (
+    GlobalData
+    | ConnectionData
+    | WatchData
+    | TransactionData
+    | NodeData
+    | GlobalQuotaData
+    | DomainData
+    | RingPosition
+)
 
 
 class _Layouts:
     """The structs of one byte order."""
 
     __slots__ = ("conn", "domain", "global_", "head", "node", "pair", "perm", "quotas", "ring", "socket",
-                 "transaction", "unique", "watch")  # fmt: skip
+                 "three", "transaction", "unique", "watch")  # fmt: skip
 
     def __init__(self, order: str) -> None:
         self.head = struct.Struct(order + "II")
@@ -170,6 +193,7 @@ class _Layouts:
         self.perm = struct.Struct(order + "BBH")
         self.quotas = struct.Struct(order + "HH")
         self.domain = struct.Struct(order + "HHI")
+        self.three = struct.Struct(order + "III")
 
 
 _LAYOUTS = (_Layouts("<"), _Layouts(">"))
@@ -236,7 +260,7 @@ class Writer:
             raise UsageError(f"no room in a record for node {path!r}: {error}") from None
         return self._framed(RecordType.NODE_DATA, b"".join((body, entries, path, b"\0", value)))
 
-    def _framed(self, kind: RecordType, body: bytes) -> bytes:
+    def _framed(self, kind: int, body: bytes) -> bytes:
         # xenstored counts the padding into the length: "all records have a length of a multiple of 8".
         pad = -len(body) & 7
         return self._s.head.pack(kind, len(body) + pad) + body + bytes(pad)
@@ -294,6 +318,10 @@ class Writer:
             RecordType.DOMAIN_DATA, head + self._values(record.quotas) + _names(record.quotas)
         )
 
+    def _position(self, record: RingPosition) -> bytes:
+        body = self._s.three.pack(record.domid, record.req_cons, record.rsp_prod)
+        return self._framed(RING_POSITION, body)
+
     def _values(self, *quotas: dict[str, int]) -> bytes:
         values = [value for one in quotas for value in one.values()]
         return struct.pack(f"{'>' if self.big else '<'}{len(values)}I", *values)
@@ -310,6 +338,7 @@ _ENCODERS: dict[type, Callable[..., bytes]] = {
     TransactionData: Writer._transaction,
     GlobalQuotaData: Writer._quotas,
     DomainData: Writer._domain,
+    RingPosition: Writer._position,
 }
 
 
@@ -337,9 +366,10 @@ class Reader:
     """Records of a stream that starts at the head of `data`. StateError for a header that is none.
 
     offset: where the next record begins; after END, where the stream is over
+    journal: set it when what follows is one's: RING_POSITION is a record then
     """
 
-    __slots__ = ("_data", "_s", "big", "number", "offset", "version")
+    __slots__ = ("_data", "_s", "big", "journal", "number", "offset", "version")
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data).toreadonly()
@@ -357,6 +387,7 @@ class Reader:
         self._s = _LAYOUTS[self.big]
         self.offset = _PREAMBLE.size
         self.number = 0
+        self.journal = False
 
     def records(self, end: int | None = None) -> Iterator[Placed]:
         """Up to and without END, which must come before `end` (that of the data). Any number of times: what
@@ -381,7 +412,7 @@ class Reader:
                     raise StateError(f"has {length} bytes and should have none", number, name, at)
                 return
             decoder = _DECODERS.get(kind)
-            if decoder is None:
+            if decoder is None or (kind == RING_POSITION and not self.journal):
                 raise StateError("no such record", number, name, at)
             try:
                 record = decoder(self, bytes(data[start : start + length]))
@@ -496,6 +527,10 @@ class Reader:
             raise _Bad("a quota is named twice")
         return DomainData(domid, features if self.version > 1 else None, quotas)
 
+    def _position(self, body: bytes) -> Record:
+        _exact(body, self._s.three.size)
+        return RingPosition(*self._s.three.unpack_from(body))
+
     def _pairs(self, body: bytes, start: int, count: int) -> list[tuple[str, int]]:
         order = ">" if self.big else "<"
         values = struct.unpack_from(f"{order}{count}I", body, start)
@@ -534,8 +569,9 @@ _DECODERS: dict[int, Callable[[Reader, bytes], Record]] = {
     RecordType.GLOBAL_QUOTA_DATA: Reader._quotas,
     RecordType.DOMAIN_DATA: Reader._domain,
     RecordType.WATCH_DATA_EXTENDED: Reader._watch_extended,
+    RING_POSITION: Reader._position,
 }
-_KINDS = {int(kind): kind.name for kind in RecordType}
+_KINDS = {int(kind): kind.name for kind in RecordType} | {RING_POSITION: "RING_POSITION"}
 
 
 def encode(records: Iterable[Record], version: int = 2, *, big: bool = False) -> bytes:
