@@ -214,6 +214,9 @@ class Engine:
             entry.modified = True
             tx.count(node.perms[0][1], -1)
 
+    def noted(self, path: bytes, *, made: bool = False, gone: bool = False) -> None:
+        """A profile changed a node of the tree by itself: for an engine that keeps a journal."""
+
     def _hold(self, tx: Transaction, size: int) -> None:
         """Memory of an open transaction is its owner's, until the end. One that cannot have it only fails."""
         domain = tx.domain

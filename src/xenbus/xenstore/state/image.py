@@ -152,11 +152,11 @@ class Image:
 
     def in_order(self) -> Iterator[Placed]:
         """Parents before children, siblings in the order in which they came to be."""
+        if b"/" in self.nodes:
+            yield self.nodes[b"/"]
         for path, placed in self.nodes.items():
             if path[:1] == b"@":
                 yield placed
-        if b"/" in self.nodes:
-            yield self.nodes[b"/"]
         stack = list(reversed(self._children.get(b"/", {})))
         while stack:
             path = stack.pop()

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 from zlib import crc32
 
-from xenbus.xenstore.engine import Connection, Domain, Engine
-from xenbus.xenstore.engine.dispatch import Handler
+from xenbus.xenstore.engine import XENSTORED, Connection, Engine, Hooks, Profile, Quotas
 from xenbus.xenstore.engine.transactions import Transaction
 from xenbus.xenstore.engine.tree import Node, child_path, parent_of
-from xenbus.xenstore.engine.watches import Watch, WatchIndex
 from xenbus.xenstore.state.dump import Held, connection, domain_data, dump, unserved, watches
 from xenbus.xenstore.state.image import Image
 from xenbus.xenstore.state.records import (
@@ -36,8 +34,8 @@ from xenbus.xenstore.wire import Message, Op
 FRAME = struct.Struct("<4sIII")
 MAGIC = b"XSJB"
 _NUMBERS = struct.Struct("<II")
-# Operations of domain 0 that change quotas or features.
-_RELISTING = (Op.SET_FEATURE, Op.SET_QUOTA, Op.CONTROL)
+_REWATCHING = frozenset({Op.WATCH, Op.UNWATCH, Op.RESET_WATCHES})
+_RELISTING = frozenset({Op.RELEASE, Op.SET_TARGET, Op.SET_FEATURE, Op.SET_QUOTA, Op.CONTROL})
 # The beginnings of CONTROL words that do not.
 _HARMLESS = (b"chec", b"log\0", b"memr", b"prin", b"help", b"live")
 
@@ -45,47 +43,35 @@ _HARMLESS = (b"chec", b"log\0", b"memr", b"prin", b"help", b"live")
 # ---- what changed ----
 
 
-class _Watches(WatchIndex):
-    """Notes whose watches changed."""
-
-    __slots__ = ("changed",)
-
-    def __init__(self, changed: dict[int, None]) -> None:
-        super().__init__()
-        self.changed = changed
-
-    def add(self, conn: Connection, path: bytes, token: bytes, depth: int, prefix: int) -> Watch:
-        if conn.guest:
-            self.changed[conn.domid] = None
-        return super().add(conn, path, token, depth, prefix)
-
-    def remove(self, watch: Watch) -> None:
-        if watch.conn.guest:
-            self.changed[watch.conn.domid] = None
-        super().remove(watch)
-
-
 class JournaledEngine(Engine):
     """An engine that notes what changes, until `Journal.batch` takes it.
 
-    changed: nodes, in an order in which parents that are new come first; removed: those that went, though
-             they may be back; guests: domids whose ring or watches changed; relisted: domains or quotas did
+    changed: nodes; removed: those that went, though they may be back; guests: domids whose ring or watches
+             changed; relisted: domains, quotas or features did
     """
 
-    def _plant(self) -> None:
+    def __init__(
+        self, quotas: Quotas | None = None, hooks: Hooks | None = None, profile: Profile = XENSTORED
+    ) -> None:
         self.changed: dict[bytes, None] = {}
         self.removed: dict[bytes, None] = {}
         self.guests: dict[int, None] = {}
         self.relisted = False
-        self._journaled: dict[int, list[Handler]] = {}
-        self.watches = _Watches(self.guests)
-        super()._plant()
+        super().__init__(quotas, hooks, profile)
 
-    def connect(self, domid: int, **options: int) -> Connection:
-        conn = super().connect(domid, **options)
-        if not conn.guest:
-            conn.table = self._journaled.setdefault(id(conn.table), _noting(conn.table))
-        return conn
+    def handle(self, conn: Connection, message: Message) -> None:
+        super().handle(conn, message)
+        op = message.op
+        if op in _REWATCHING:
+            if conn.guest:
+                self.guests[conn.domid] = None
+        elif op in _RELISTING and 0 in conn.ids and message.payload[:4] not in _HARMLESS:
+            self.relisted = True
+
+    def disconnect(self, conn: Connection) -> None:
+        if conn.guest:
+            self.guests[conn.domid] = None
+        super().disconnect(conn)
 
     # Nodes
 
@@ -105,6 +91,14 @@ class JournaledEngine(Engine):
             self.removed[path] = None
         super().remove(tx, path, node)
 
+    def noted(self, path: bytes, *, made: bool = False, gone: bool = False) -> None:
+        if gone:
+            self.removed[path] = None
+            return
+        if made:
+            self.changed.pop(path, None)
+        self.changed[path] = None
+
     def commit(self, tx: Transaction) -> None:
         made: dict[bytes, None] = {}
         for path, entry in tx.accessed.items():
@@ -122,9 +116,9 @@ class JournaledEngine(Engine):
             self.changed[path] = None
 
     def _as_listed(self, made: dict[bytes, None]) -> Iterator[bytes]:
-        """Parents first, siblings as their parent lists them."""
+        """Siblings as their parent lists them."""
         families: dict[bytes, list[bytes]] = {}
-        for path in sorted(made, key=_depth):
+        for path in made:
             families.setdefault(parent_of(path), []).append(path)
         for above, paths in families.items():
             if len(paths) > 1:
@@ -134,10 +128,6 @@ class JournaledEngine(Engine):
                 yield from paths
 
     # Domains
-
-    def set_target(self, domain: Domain, target: int | None) -> None:
-        self.guests[domain.domid] = None
-        super().set_target(domain, target)
 
     def introduced(self, domid: int) -> None:
         self.relisted = True
@@ -150,23 +140,6 @@ class JournaledEngine(Engine):
 
 def _depth(path: bytes) -> int:
     return path.count(b"/")
-
-
-def _noting(table: list[Handler]) -> list[Handler]:
-    """The same handlers; those that may change quotas or features say so."""
-    noting = list(table)
-    for op in _RELISTING:
-        noting[op] = _relisting(table[op])
-    return noting
-
-
-def _relisting(handler: Handler) -> Handler:
-    def noted(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
-        if isinstance(engine, JournaledEngine) and message.payload[:4] not in _HARMLESS:
-            engine.relisted = True
-        return handler(engine, conn, message, tx)
-
-    return noted
 
 
 # ---- writing ----
@@ -228,7 +201,8 @@ class Journal:
         for path in removed:
             if parent_of(path) not in removed:
                 yield node(path, b"", ())
-        for path in engine.changed:
+        # What is new needs its parent.
+        for path in sorted(engine.changed, key=_depth):
             found = tree.get(path)
             if found is not None:
                 yield node(path, found.value, found.perms)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from xenbus.errors import UsageError
-from xenbus.xenstore.engine import FEATURES, QUOTAS, Connection, Engine
+from xenbus.xenstore.engine import QUOTAS, Connection, Engine
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, FIRE_SUBTREE, Entry, Transaction
 from xenbus.xenstore.engine.tree import Node, Perms, parent_of
 from xenbus.xenstore.state.dump import removed_with_parent
@@ -31,7 +31,6 @@ from xenbus.xenstore.wire import Op
 
 _EVENT = int(Op.WATCH_EVENT)
 _NOBODY: Perms = ((0, 0),)
-_SPECIAL = (b"@introduceDomain", b"@releaseDomain")
 
 
 @dataclass(slots=True)
@@ -64,11 +63,12 @@ def load(image: Image, make_engine: Callable[[], Engine]) -> Store:
     """A filled engine. StateError for what only shows here: a quota out of range, a watch that is there
     twice."""
     engine = make_engine()
-    _clear(engine)
+    special = _clear(engine)
     _quotas(engine, image)
     for placed in image.in_order():
-        _node(engine, cast(NodeData, placed.record))
-    _special(engine)
+        _node(engine, cast(NodeData, placed.record), special)
+    for path, node in special.items():
+        _put(engine, path, node)
     connections = {number: _connection(engine, placed) for number, placed in image.connections.items()}
     for placed in sorted((one for held in image.watches.values() for one in held), key=_number):
         _watch(engine, connections[cast(WatchData, placed.record).conn_id].conn, placed)
@@ -83,18 +83,33 @@ def _number(placed: Placed) -> int:
     return placed.number
 
 
-def _clear(engine: Engine) -> None:
-    """What a new store is planted with goes, but for the root."""
+def _clear(engine: Engine) -> dict[bytes, Node]:
+    """What a new store is planted with goes, but for the root. Its special nodes."""
+    special = {path: node for path, node in engine.nodes.items() if path.lstrip(b"/")[:1] == b"@"}
     engine.nodes.clear()
     domain = engine.domain(0)
     domain.nodes = domain.memory = 0
-    engine.put(None, b"/", Node(b"", _NOBODY, 0))
+    _put(engine, b"/", Node(b"", _NOBODY, 0))
+    return special
 
 
-def _special(engine: Engine) -> None:
-    for path in _SPECIAL:
-        if path not in engine.nodes:
-            engine.put(None, path, Node(b"", _NOBODY, 0))
+def _put(engine: Engine, path: bytes, node: Node) -> None:
+    """A node that is not there, below one that is. Whatever the profile: nobody looks at the tree yet."""
+    accounting = engine.profile.accounting
+    engine.generation += 1
+    node.generation = engine.generation
+    engine.nodes[path] = node
+    owner = engine.domain(node.owner)
+    if accounting or path != b"/":
+        owner.nodes += 1
+    if accounting:
+        owner.memory += len(path) + node.size
+    if path[:1] == b"/" and path != b"/":
+        parent = engine.nodes[parent_of(path)]
+        name = path[path.rindex(b"/") + 1 :]
+        parent.add_child(name)
+        if accounting:
+            engine.domain(parent.owner).memory += len(name) + 1
 
 
 def _quotas(engine: Engine, image: Image) -> None:
@@ -105,7 +120,7 @@ def _quotas(engine: Engine, image: Image) -> None:
         domain_data = cast(DomainData, placed.record)
         domain = engine.domain(domain_data.domid)
         if domain_data.features is not None:
-            domain.features = domain_data.features & FEATURES
+            domain.features = domain_data.features & engine.profile.features
         _set_quotas(engine, placed, domain.domid, domain_data.quotas)
 
 
@@ -119,23 +134,20 @@ def _set_quotas(engine: Engine, placed: Placed, domid: int | None, values: dict[
                 raise placed.error(str(error)) from None
 
 
-def _node(engine: Engine, record: NodeData) -> None:
+def _node(engine: Engine, record: NodeData, special: dict[bytes, Node]) -> None:
     path = record.path
     if path == b"/":
-        root = engine.nodes[path]
+        # Before any other: it has no children yet.
+        root = engine.nodes.pop(path)
         domain = engine.domain(root.owner)
-        domain.nodes -= 1
-        domain.memory -= len(path) + root.size
-        del engine.nodes[path]
-        fresh = Node(record.value, record.perms, 0)
-        engine.put(None, path, fresh)
-        return
-    engine.put(None, path, Node(record.value, record.perms, 0))
-    if path[:1] == b"/":
-        parent = engine.nodes[parent_of(path)]
-        name = path[path.rindex(b"/") + 1 :]
-        parent.add_child(name)
-        engine.domain(parent.owner).memory += len(name) + 1
+        domain.nodes -= engine.profile.accounting
+        domain.memory -= len(path) + root.size if engine.profile.accounting else 0
+    # oxenstored has them below the root.
+    for other in (b"/" + path, path[1:]):
+        if other in special:
+            path = other
+    special.pop(path, None)
+    _put(engine, path, Node(record.value, record.perms, 0))
 
 
 def _connection(engine: Engine, placed: Placed) -> Restored:

@@ -165,6 +165,7 @@ class Store(View):
         self._old.setdefault(path, node.perms)
         if self.history.keep(path, node):
             node = self._nodes[path] = node.clone()
+        self.engine.noted(path)
         self.engine.generation += 1
         node.generation = self.engine.generation
         return node
@@ -175,7 +176,9 @@ class Store(View):
         self.history.keep(path, before)
         if node is None:
             del self._nodes[path]
+            self.engine.noted(path, gone=True)
             return
+        self.engine.noted(path, made=before is None)
         self.engine.generation += 1
         node.generation = self.engine.generation
         self._nodes[path] = node
