@@ -382,7 +382,8 @@ def control(connect: Callable[[], SyncClient], words: tuple[str, ...]) -> None:
 @click.option(
     "--profile", default="xenstored", metavar="NAME", help="The daemon it is like: xenstored, oxenstored."
 )
-def serve(directory: Path | None, quotas: tuple[str, ...], profile: str) -> None:
+@click.option("--state", metavar="FILE", help="Keep the store in this file, and begin with what is in it.")
+def serve(directory: Path | None, quotas: tuple[str, ...], profile: str, state: str | None) -> None:
     """Serve a XenStore alone, at DIR/socket, until SIGTERM or SIGINT. Prints `ready` when it is.
 
     \b
@@ -406,4 +407,4 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str) -> None
         raise UsageError(f"{place}: {error.strerror}") from None
     sys.stdout.flush()
     ready = os.dup(sys.stdout.fileno())
-    run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen))
+    run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen, state=state))

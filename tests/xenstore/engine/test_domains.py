@@ -32,6 +32,9 @@ class RecordingHooks:
     def log(self, text: str) -> None:
         self.lines.append(text)
 
+    def trouble(self) -> list[str]:
+        return []
+
     def write_report(self, name: str, text: str) -> bool:
         self.reports[name] = text
         return name.startswith("/")

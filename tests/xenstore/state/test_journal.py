@@ -11,7 +11,7 @@ from tests.support.engine_talk import Talk
 
 from xenbus.xenstore.engine import Engine, profile_of
 from xenbus.xenstore.state.dump import Held
-from xenbus.xenstore.state.journal import FRAME, Journal, JournaledEngine, replay
+from xenbus.xenstore.state.journal import FIRST_BATCH, FRAME, Journal, JournaledEngine, frame, replay
 from xenbus.xenstore.state.load import load
 from xenbus.xenstore.state.records import Ring, RingPosition, StateError, Writer, encode
 from xenbus.xenstore.wire import CODECS, Op
@@ -25,6 +25,7 @@ class Kept:
         self.talks = [Talk(self.engine)]
         self.journal = Journal(self.engine, self)
         self.file = self.journal.snapshot()
+        self.number = FIRST_BATCH
         self.ends = [len(self.file)]
         for domid in (5, 6):
             self.talks[0].ask(Op.INTRODUCE, domid, 1, 1)
@@ -57,7 +58,8 @@ class Kept:
 
     def turn(self) -> None:
         if self.journal.dirty:
-            self.file += self.journal.frame(self.journal.batch())
+            self.file += frame(self.number, self.journal.batch())
+            self.number += 1
             self.ends.append(len(self.file))
 
     def do(self, step: tuple[Any, ...]) -> None:
@@ -176,7 +178,7 @@ def test_a_file_that_ends_anywhere_is_the_store_as_it_was_then() -> None:
         assert found.good == max(end for end in stores if end <= size)
         assert bool(found.torn) == (found.good != size)
         assert told(load(found.image, Engine).engine) == stores[found.good]
-    for size in range(kept.ends[0] - FRAME.size):
+    for size in range(kept.ends[0] - 2 * FRAME.size - 8):
         with pytest.raises(StateError):
             replay(kept.file[:size])
 
@@ -189,7 +191,7 @@ def test_damage_in_the_middle_is_not_a_torn_end() -> None:
     at = kept.ends[-2] - 5
     damaged = bytearray(kept.file)
     damaged[at] ^= 1
-    with pytest.raises(StateError, match=rf"at byte {kept.ends[-3]}: damaged, but batch 4 at byte") as caught:
+    with pytest.raises(StateError, match=rf"at byte {kept.ends[-3]}: damaged, but batch 5 at byte") as caught:
         replay(bytes(damaged))
     assert caught.value.offset == kept.ends[-3]
     # The last one, and what a power cut leaves behind: zeros.
@@ -205,7 +207,7 @@ def test_damage_in_the_middle_is_not_a_torn_end() -> None:
 
 def test_nonsense_with_a_right_checksum_is_refused() -> None:
     kept = Kept()
-    stray = kept.file + kept.journal.frame(encode([])[16:] + bytes(8))
+    stray = kept.file + frame(kept.number, encode([])[16:] + bytes(8))
     with pytest.raises(StateError, match="8 bytes after END"):
         replay(stray)
     position = Writer().record(RingPosition(5, 1, 2))

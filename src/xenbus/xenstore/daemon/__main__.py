@@ -16,9 +16,11 @@ import sys
 from collections.abc import Sequence
 
 from xenbus.errors import XenbusError
+from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.loop import run
 from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.engine import PROFILES, XENSTORED, Profile, Quotas, profile_of
+from xenbus.xenstore.state.records import StateError
 
 READY = b"ready\n"
 # Descriptors: for all clients that the daemon takes, and a page and a channel or two of every guest.
@@ -36,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ready-fd", type=int, metavar="N", help="gets 'ready' and a newline, and is closed, once it serves"
     )
+    parser.add_argument("--state", metavar="FILE", help="keep the store there, and begin with what is in it")
     parser.add_argument("--verbose", action="store_true", help="log more than what went wrong")
     return parser
 
@@ -61,8 +64,10 @@ async def serve(
     broker_fd: int | None = None,
     ready_fd: int | None = None,
     profile: Profile = XENSTORED,
+    state: str | None = None,
 ) -> None:
-    """Until SIGTERM, SIGINT, or the broker's end."""
+    """Until SIGTERM, SIGINT, or the broker's end. `quotas` that are not the profile's own count more than
+    those in the state file."""
     _allow_descriptors()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -74,8 +79,17 @@ async def serve(
 
         hypervisor = await connect(broker_fd)
         hypervisor.on_lost(stop.set)
-    daemon = Daemon(hypervisor, quotas, profile=profile)
+    usual = profile.quotas().as_dict()
+    given = {name: value for name, value in quotas.as_dict().items() if value != usual[name]}
+    keeper = Keeper(state) if state is not None else None
     try:
+        daemon = Daemon(hypervisor, quotas, profile=profile, keeper=keeper)
+    except StateError as exc:
+        raise (keeper.blamed(exc) if keeper is not None else exc) from exc
+    for name, value in given.items():
+        daemon.engine.quotas.set(name, value)
+    try:
+        await daemon.go_on()
         await daemon.listen_unix(path)
         _say_ready(ready_fd)
         await stop.wait()
@@ -92,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile = profile_of(options.profile)
         quotas = profile.parse_quotas(options.quota)
-        run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile))
+        run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile, options.state))
     except XenbusError as exc:
         logging.getLogger("xenbus.xenstored").error("%s", exc)
         return 1

@@ -18,11 +18,16 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from xenbus.errors import UsageError
+from xenbus.errors import HypervisorError, UsageError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.xenstore.daemon.guests import Guests
+from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.engine import XENSTORED, Connection, Engine, Profile, Quotas, profile_of
+from xenbus.xenstore.state.image import Image
+from xenbus.xenstore.state.journal import JournaledEngine
+from xenbus.xenstore.state.load import Restored, load
+from xenbus.xenstore.state.records import Ring, RingPosition
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.memory import memory_pair
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -45,6 +50,9 @@ class Daemon:
                 INTRODUCE answers ENOSYS
     quotas:     of guests, unless SET_QUOTA says otherwise
     profile:    which daemon it is like, e.g. "oxenstored"; UsageError for a name that is not there
+    keeper:     keeps the store in a file, and has read what is in there
+    image:      begin with this store, whatever is in the file. StateError if it makes no sense
+    A store that comes from somewhere is there at once; `go_on` serves its domains.
     """
 
     def __init__(
@@ -53,10 +61,24 @@ class Daemon:
         quotas: Quotas | None = None,
         *,
         profile: Profile | str = XENSTORED,
+        keeper: Keeper | None = None,
+        image: Image | None = None,
         max_clients: int = MAX_CLIENTS,
     ) -> None:
         profile = profile_of(profile) if isinstance(profile, str) else profile
-        self.engine = Engine(quotas, self, profile)
+        self.keeper = keeper
+        kind = Engine if keeper is None else JournaledEngine
+        self._restored: list[Restored] = []
+        self._positions: dict[int, RingPosition] = {}
+        # Guests of whom the file has a part of a request or an answer.
+        self._under_way: set[int] = set()
+        if image is None and keeper is not None:
+            image = keeper.image
+        if image is None:
+            self.engine = kind(quotas, self, profile)
+        else:
+            store = load(image, lambda: kind(quotas, self, profile))
+            self.engine, self._restored, self._positions = store.engine, store.connections, image.positions
         self._loop = asyncio.get_running_loop()
         self._hypervisor = hypervisor
         self._guests = Guests(hypervisor, self)
@@ -125,9 +147,10 @@ class Daemon:
         self.open_session(domid, far).start()
         return near
 
-    def open_session(self, domid: int, transport: Transport) -> Session:
-        """A session, not started yet."""
-        conn = self.engine.connect(domid)
+    def open_session(self, domid: int, transport: Transport, conn: Connection | None = None) -> Session:
+        """A session, not started yet; of a connection that the engine has already, or of a new one."""
+        if conn is None:
+            conn = self.engine.connect(domid)
         session = self._sessions[conn] = Session(self, conn, transport)
         return session
 
@@ -139,6 +162,8 @@ class Daemon:
         if isinstance(session.transport, UnixTransport):
             self._clients -= 1
         self.engine.disconnect(session.conn)
+        if session.conn.guest:
+            self.commit()
         self.relieved()
 
     # ---- requests ----
@@ -155,11 +180,49 @@ class Daemon:
                     break
         finally:
             self._serving = before
+        if self.keeper is not None:
+            self._kept(session)
+            return
         session.pump()
         self.flush()
 
+    def commit(self) -> None:
+        """What changed goes into the file, before anybody is told."""
+        if self.keeper is not None:
+            self.keeper.commit()
+
+    def _kept(self, session: Session) -> None:
+        """As the end of `serve`, with a file: written before anything is sent."""
+        domid = session.conn.domid
+        noted = domid in self._under_way or (domid and domid in self._journaled().guests)
+        self.commit()
+        session.pump()
+        self.flush()
+        if domid and noted:
+            self._note(session)
+        else:
+            self.waits(session)
+
+    def waits(self, session: Session) -> None:
+        """A part of a guest's request, and what its ring has no room for, are in the file too."""
+        if self.keeper is not None and session.conn.guest and session.under_way:
+            self._note(session)
+
+    def _note(self, session: Session) -> None:
+        domid = session.conn.domid
+        self._under_way.discard(domid)
+        if session.under_way:
+            self._under_way.add(domid)
+        self._journaled().guests[domid] = None
+        self.commit()
+
+    def _journaled(self) -> JournaledEngine:
+        assert isinstance(self.engine, JournaledEngine)
+        return self.engine
+
     def flush(self) -> None:
         """Send what the engine queued for others."""
+        self.commit()
         sessions = self._sessions
         for conn in self.engine.take_dirty():
             session = sessions.get(conn)
@@ -213,6 +276,9 @@ class Daemon:
         handle = self._loop.call_later(seconds, called)
         self._ticks.add(handle)
 
+    def trouble(self) -> list[str]:
+        return [self.keeper.trouble] if self.keeper is not None and self.keeper.trouble else []
+
     def log(self, text: str) -> None:
         _log.info("%s", text)
 
@@ -231,6 +297,43 @@ class Daemon:
 
     def features(self, domid: int) -> int:
         return self.engine.domain(domid).features
+
+    def target(self, domid: int) -> int | None:
+        return self.engine.domain(domid).target
+
+    async def go_on(self) -> None:
+        """Serve the domains of a store that was loaded, where their rings can be had, and begin to write the
+        file. Sockets of another process are gone: their connections are dropped."""
+        for restored in self._restored:
+            spec = restored.data.spec
+            if not isinstance(spec, Ring) or not await self._serve_again(restored, spec):
+                self.engine.disconnect(restored.conn)
+        self._restored.clear()
+        if self.keeper is not None:
+            self.keeper.start(self._journaled(), self._guests)
+        self.flush()
+
+    async def _serve_again(self, restored: Restored, spec: Ring) -> bool:
+        """False: it stays introduced, but is not served, or is dead by now."""
+        domid = spec.domid
+        if self._hypervisor is None or not spec.evtchn:
+            if self._hypervisor is not None and not self.domain_exists(domid):
+                self.domain_died(domid)
+            return False
+        position = self._positions.get(domid)
+        try:
+            await self._guests.go_on(restored, position)
+        except (XenbusError, OSError) as exc:
+            gone = isinstance(exc, HypervisorError) and exc.name == "ENOENT"
+            _log.warning("domain %d is %s: %s", domid, "gone" if gone else "not served any more", exc)
+            if gone or not self.domain_exists(domid):
+                self.domain_died(domid)
+            return False
+        if position is not None:
+            # Events that were not in the ring yet are lost with the daemon: whoever watches looks again.
+            for watch in list(restored.conn.watches.values()):
+                self.engine.first_event(restored.conn, watch.path[watch.prefix :], watch.token)
+        return True
 
     def domain_died(self, domid: int) -> None:
         """The domain is gone: @releaseDomain, its nodes, its ring. The hypervisor's event calls this; a
@@ -270,6 +373,10 @@ class Daemon:
         for timer in (*self._timers.values(), *self._ticks):
             timer.cancel()
         self._listeners.clear()
+        for session in self._sessions.values():
+            session.busy = True  # nothing is answered that the file does not have
+        if self.keeper is not None:
+            await self.keeper.close()
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await self._guests.close()

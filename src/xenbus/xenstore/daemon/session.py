@@ -15,7 +15,7 @@ from xenbus.errors import PeerError
 from xenbus.xenstore.engine import Connection
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.ringpage import RingFault, RingTransport
-from xenbus.xenstore.wire import Message, Parser, ProtocolError
+from xenbus.xenstore.wire import HEADER_SIZE, Message, Parser, ProtocolError
 
 _log = logging.getLogger("xenbus.xenstored")
 
@@ -41,6 +41,10 @@ class Host(Protocol):
         """Events were dropped: whoever waited for them to be taken may go on."""
         ...
 
+    def waits(self, session: Session) -> None:
+        """A part of a request was read, and nothing else."""
+        ...
+
     def stalled(self, session: Session) -> None:
         """It has as much outstanding as it may: try again when others have taken something."""
         ...
@@ -50,7 +54,10 @@ class Session:
     """A `Receiver`. `busy`: a request of it is under way (INTRODUCE), later ones wait."""
 
     __slots__ = (
+        "_cut",
         "_deadline",
+        "_handed",
+        "_kept",
         "_loop",
         "_paused",
         "_pending",
@@ -77,9 +84,69 @@ class Session:
         self._scheduled = False
         self._taken = 0
         self._deadline: asyncio.TimerHandle | None = None
+        # What was handed over last, if not all of it was sent, and where its first message begins.
+        self._handed = b""
+        self._cut = 0
+        # `unsent` of a transport that is not there for a while.
+        self._kept: tuple[bytes, int] | None = None
 
     def start(self) -> None:
         self.transport.start(self)
+
+    # ---- what is under way, for whoever saves it ----
+
+    @property
+    def inbound(self) -> bytes:
+        """Read, and not given to the engine yet."""
+        return b"".join(message.encode() for message in self._pending) + self.parser.rest
+
+    @property
+    def unsent(self) -> tuple[bytes, int]:
+        """Taken from the engine and not sent yet; how much of it is the rest of a message."""
+        if self._kept is not None:
+            return self._kept
+        left = self.transport.backlog
+        if not left:
+            return b"", 0
+        data, begin = self._handed, self._cut
+        sent = len(data) - left
+        while begin < sent:
+            begin += HEADER_SIZE + int.from_bytes(data[begin + 12 : begin + 16], "little")
+        return data[sent:], begin - sent
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a part of a request was read, or of an answer sent."""
+        return bool(self._pending or self.parser.buffered or self.transport.backlog)
+
+    def go_on(self, inbound: bytes, partial: bytes) -> None:
+        """Start where another session stopped: the rest of a message goes out first, and what was read
+        comes in first."""
+        self._send_on(partial, len(partial))
+        self.start()
+        if inbound:
+            self.data_received(inbound)
+        self.pump()
+
+    def _send_on(self, data: bytes, cut: int) -> None:
+        self._handed, self._cut = data, cut
+        if data:
+            self.transport.send((data,))
+
+    def hold(self) -> None:
+        """Nothing is read, served or sent until `carry_on`: the transport goes, and not the client."""
+        self._kept = self.unsent
+
+    def carry_on(self, transport: Transport) -> None:
+        """With a transport of the same client in the place of the one before."""
+        assert self._kept is not None
+        (unsent, cut), self._kept = self._kept, None
+        self.transport = transport
+        self._paused = False
+        self._send_on(unsent, cut)
+        self.start()
+        self.pump()
+        self.schedule()
 
     # ---- Receiver ----
 
@@ -91,6 +158,8 @@ class Session:
             messages = self.parser.feed(data)
         except ProtocolError as error:
             messages, broken = error.messages, error
+        if not messages:
+            self.host.waits(self)
         self._pending.extend(messages)
         self._work()
         if broken is not None and not self.closed:
@@ -111,7 +180,7 @@ class Session:
     @property
     def ready(self) -> bool:
         """Whether the next request may be looked at."""
-        return not (self.busy or self.closed or self.transport.backlog)
+        return not (self.busy or self.closed or self._kept is not None or self.transport.backlog)
 
     def _work(self) -> None:
         """Serve what may be served; read no more while anything is left."""
@@ -124,7 +193,7 @@ class Session:
                     self.host.stalled(self)
                 elif self.ready:
                     self.schedule()
-        if not self.closed and self._paused != bool(pending or self.transport.backlog):
+        if not self.closed and self._kept is None and self._paused != bool(pending or self.transport.backlog):
             self._paused = not self._paused
             self.transport.pause(self._paused)
 
@@ -144,7 +213,7 @@ class Session:
     def pump(self) -> None:
         """Hand over what is queued, as far as the other side takes it."""
         conn, transport = self.conn, self.transport
-        if self.closed:
+        if self.closed or self._kept is not None:
             return
         if conn.overflow:
             _log.warning("%s does not read: dropped with %d bytes waiting", transport.peer, conn.queued)
@@ -155,6 +224,8 @@ class Session:
             data = conn.take(portion)
             self._taken += 1
             transport.send((data,))
+            if transport.backlog:
+                self._handed, self._cut = data, 0
         if conn.guest and conn.out and self._deadline is None and not self.closed:
             self._deadline = self._loop.call_later(EVENT_SECONDS, self._overdue, self._taken)
 

@@ -27,6 +27,8 @@ def _check(engine: Engine, words: list[str]) -> str:
     if words:
         raise Fail("EINVAL")
     wrong = inconsistencies(engine)
+    if engine.hooks is not None:
+        wrong += engine.hooks.trouble()
     return "OK" if not wrong else "\n".join(wrong[:20])
 
 

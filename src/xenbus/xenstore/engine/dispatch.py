@@ -56,6 +56,10 @@ class Hooks(Protocol):
         """Call it once, outside any request; then serve those that have to wait no longer."""
         ...
 
+    def trouble(self) -> list[str]:
+        """CONTROL check: what is wrong outside of the engine, in words."""
+        ...
+
     def log(self, text: str) -> None:
         """A line for people: CONTROL print, log, quota warnings."""
         ...

@@ -34,6 +34,8 @@ from xenbus.xenstore.wire import Message, Op
 FRAME = struct.Struct("<4sIII")
 MAGIC = b"XSJB"
 _NUMBERS = struct.Struct("<II")
+# Batch 1 is part of a snapshot: what a stream has no record for.
+FIRST_BATCH = 2
 _REWATCHING = frozenset({Op.WATCH, Op.UNWATCH, Op.RESET_WATCHES})
 _RELISTING = frozenset({Op.RELEASE, Op.SET_TARGET, Op.SET_FEATURE, Op.SET_QUOTA, Op.CONTROL})
 # The beginnings of CONTROL words that do not.
@@ -157,24 +159,23 @@ class Rings(Protocol):
 
 
 class Journal:
-    """Bytes for the file of one engine."""
+    """Bytes for the file of one engine: `snapshot()` begins one, and behind it come `frame(n, batch())`, n
+    from FIRST_BATCH on."""
 
     def __init__(self, engine: JournaledEngine, rings: Rings) -> None:
         self._engine = engine
         self._rings = rings
         self._writer = Writer()
-        self._number = 0
 
     def snapshot(self) -> bytes:
         """A whole new file. Nothing has changed since."""
         held = list(self._rings.all_held())
+        write = self._writer.record
         stream = b"".join(self._writer.stream(dump(self._engine, held, transactions=False)))
-        positions = [self._rings.position(one.conn.domid) for one in held]
+        positions = (self._rings.position(one.conn.domid) for one in held)
+        records = b"".join(write(position) for position in positions if position is not None)
         self._forget()
-        self._number = 0
-        data = stream + self.frame(b"", crc32(stream))
-        records = b"".join(self._writer.record(position) for position in positions if position is not None)
-        return data + self.frame(records + self._writer.end()) if records else data
+        return stream + FRAME.pack(MAGIC, 0, 0, crc32(stream)) + frame(1, records + self._writer.end())
 
     def _forget(self) -> None:
         engine = self._engine
@@ -230,12 +231,11 @@ class Journal:
                 yield position
         yield from watches(numbers)
 
-    def frame(self, records: bytes, crc: int | None = None) -> bytes:
-        """A batch as it goes behind the last one."""
-        number, self._number = self._number, self._number + 1
-        if crc is None:
-            crc = crc32(records, crc32(_NUMBERS.pack(number, len(records))))
-        return FRAME.pack(MAGIC, number, len(records), crc) + records
+
+def frame(number: int, records: bytes) -> bytes:
+    """A batch as it goes behind the last one."""
+    crc = crc32(records, crc32(_NUMBERS.pack(number, len(records))))
+    return FRAME.pack(MAGIC, number, len(records), crc) + records
 
 
 # ---- reading ----

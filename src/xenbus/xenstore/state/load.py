@@ -75,7 +75,7 @@ def load(image: Image, make_engine: Callable[[], Engine]) -> Store:
     for (number, tx_id), view in image.views.items():
         _transaction(engine, connections[number].conn, tx_id, view)
     for restored in connections.values():
-        _outbound(restored)
+        queue(restored.conn, restored.data.outbound, restored.data.partial)
     return Store(engine, list(connections.values()))
 
 
@@ -175,9 +175,9 @@ def _watch(engine: Engine, conn: Connection, placed: Placed) -> None:
     conn.domain.memory += len(path) + len(record.token)
 
 
-def _outbound(restored: Restored) -> None:
-    conn, data = restored.conn, restored.data
-    for message in messages(data.outbound, data.partial):
+def queue(conn: Connection, outbound: bytes, start: int) -> None:
+    """The messages that `outbound` is from `start` on wait for the client again."""
+    for message in messages(outbound, start):
         if int.from_bytes(message[:4], "little") == _EVENT:
             # What waits is not lost to a quota that is smaller now.
             once = message[16:17] != b"@" and message not in conn.events

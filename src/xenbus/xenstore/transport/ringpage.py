@@ -63,12 +63,13 @@ class Side(Enum):
 class RingPage:
     """The page itself: two byte rings and four words. Keeps slices of `view` until `release()`."""
 
-    __slots__ = ("_inbound", "_outbound", "_words", "released")
+    __slots__ = ("_inbound", "_ours", "_outbound", "_words", "released")
 
     def __init__(self, view: memoryview, side: Side) -> None:
         inbound, outbound = side.value
         self._inbound = ByteRingEnd(view, *inbound)
         self._outbound = ByteRingEnd(view, *outbound)
+        self._ours = inbound[2], outbound[3]
         octets = view.cast("B")
         self._words = octets.cast("I")
         octets.release()
@@ -85,6 +86,11 @@ class RingPage:
     @property
     def readable(self) -> int:
         return self._inbound.readable
+
+    @property
+    def indices(self) -> tuple[int, int]:
+        """Where our end stands: (consumer of what we read, producer of what we write)."""
+        return self._get(self._ours[0]), self._get(self._ours[1])
 
     def _get(self, offset: int) -> int:
         return self._words[offset // 4]
@@ -244,6 +250,11 @@ class RingTransport:
             self._loop.call_soon(self.on_event)
 
     def close(self) -> None:
+        self._lost(None)
+
+    def detach(self) -> None:
+        """As `close`, but the receiver hears nothing: another transport takes over."""
+        self._receiver = None
         self._lost(None)
 
     def fault(self, fault: RingFault, exc: Exception | None = None) -> None:
