@@ -170,7 +170,10 @@ def test_a_torn_end_is_cut_off_and_damage_is_refused(
         caplog.clear()
 
 
-def test_a_file_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_cannot_be_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "LOCK_SECONDS", 0.0)
     process = run_daemon(tmp_path)
     for state, text in (
         (tmp_path / "state", "another daemon keeps its store there"),
@@ -257,7 +260,9 @@ def test_off_costs_nothing_and_says_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_is_given_back(tmp_path: Path) -> None:
+def test_the_lock_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "LOCK_SECONDS", 0.0)
+
     async def run() -> None:
         for _ in range(3):
             daemon = Daemon(keeper=Keeper(tmp_path / "state"))

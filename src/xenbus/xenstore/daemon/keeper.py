@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _log = logging.getLogger("xenbus.xenstored")
 SYNC_SECONDS = 1.0
 # A file that could not be written is tried again after so long.
 RETRY_SECONDS = 5.0
+# A daemon that was killed a moment ago may not be quite gone.
+LOCK_SECONDS = 1.0
 # It is written anew when what was appended is longer than this, bytes, and than so many times the store.
 COMPACT_BYTES = 1 << 20
 COMPACT_TIMES = 4
@@ -56,10 +59,10 @@ class _File:
         self.number += 1
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self.fd, view) :]
+            written = os.write(self.fd, data)
+            while written < len(data):
+                written += os.write(self.fd, memoryview(data)[written:])
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, self.good)
@@ -118,12 +121,16 @@ class Keeper:
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise UsageError(f"state file {self.path}: cannot open {place}: {exc.strerror}") from exc
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(fd)
-            raise UsageError(f"state file {self.path}: another daemon keeps its store there") from exc
-        return fd
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except OSError as exc:
+                if time.monotonic() > end:
+                    os.close(fd)
+                    raise UsageError(f"state file {self.path}: another daemon keeps its store there") from exc
+            time.sleep(0.02)
 
     def _read(self) -> None:
         try:

@@ -166,6 +166,7 @@ class Journal:
         self._engine = engine
         self._rings = rings
         self._writer = Writer()
+        self._end = self._writer.end()
 
     def snapshot(self) -> bytes:
         """A whole new file. Nothing has changed since."""
@@ -175,7 +176,7 @@ class Journal:
         positions = (self._rings.position(one.conn.domid) for one in held)
         records = b"".join(write(position) for position in positions if position is not None)
         self._forget()
-        return stream + FRAME.pack(MAGIC, 0, 0, crc32(stream)) + frame(1, records + self._writer.end())
+        return stream + FRAME.pack(MAGIC, 0, 0, crc32(stream)) + frame(1, records + self._end)
 
     def _forget(self) -> None:
         engine = self._engine
@@ -191,8 +192,14 @@ class Journal:
 
     def batch(self) -> bytes:
         """Records of what changed since the last call, END included; without a frame. Call it if `dirty`."""
+        engine, changed = self._engine, self._engine.changed
+        if len(changed) == 1 and not (engine.removed or engine.guests or engine.relisted):
+            (path,) = changed
+            node = engine.nodes[path]
+            changed.clear()
+            return self._writer.node(path, node.value, node.perms) + self._end
         write = self._writer.record
-        data = b"".join([*self._nodes(), *map(write, self._domains()), self._writer.end()])
+        data = b"".join([*self._nodes(), *map(write, self._domains()), self._end])
         self._forget()
         return data
 

@@ -244,7 +244,9 @@ class Writer:
 
     def node(self, path: bytes, value: bytes, perms: Perms, pending: NodeData | None = None) -> bytes:
         """NODE_DATA; of the store itself unless `pending` says whose."""
-        conn_id, tx_id, access = (pending.conn_id, pending.tx_id, pending.access) if pending else (0, 0, 0)
+        conn_id = tx_id = access = 0
+        if pending is not None:
+            conn_id, tx_id, access = pending.conn_id, pending.tx_id, pending.access
         entries = self._perms.get(perms)
         if entries is None:
             if len(self._perms) > 4096:
