@@ -184,7 +184,8 @@ class Daemon:
             self._kept(session)
             return
         session.pump()
-        self.flush()
+        if engine.dirty or self._stalled:
+            self.flush()
 
     def commit(self) -> None:
         """What changed goes into the file, before anybody is told."""

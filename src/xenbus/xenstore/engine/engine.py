@@ -53,7 +53,7 @@ class Engine:
         self.maxima: dict[str, int] = {}
         self.log_switches: dict[str, bool] = dict.fromkeys(control.LOG_SWITCHES, False)
         self.logging = False
-        self._dirty: set[Connection] = set()
+        self.dirty: set[Connection] = set()
         self._current: Connection | None = None
         self.domain(0).introduced = True
         self.beside: Any = profile.plant(self)
@@ -75,7 +75,7 @@ class Engine:
         self.reset(conn)
         conn.closed = True
         conn.domain.connections.discard(conn)
-        self._dirty.discard(conn)
+        self.dirty.discard(conn)
 
     def reset(self, conn: Connection) -> None:
         """As if it had just connected: no watch, no transaction, nothing queued."""
@@ -91,7 +91,7 @@ class Engine:
 
     def take_dirty(self) -> set[Connection]:
         """Connections that got something queued outside their own request, since the last call."""
-        dirty, self._dirty = self._dirty, set()
+        dirty, self.dirty = self.dirty, set()
         return dirty
 
     # ---- requests ----
@@ -133,7 +133,7 @@ class Engine:
         """Queue the reply to `message` now."""
         if not conn.closed:
             conn.put_reply(_pack(message.op, message.req_id, message.tx_id, len(payload)) + payload)
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     def fail(self, conn: Connection, message: Message, name: str) -> None:
         """Queue an ERROR as the reply to `message`."""
@@ -142,7 +142,7 @@ class Engine:
         if not conn.closed:
             payload = name.encode() + b"\0"
             conn.put_reply(_pack(_ERROR, message.req_id, message.tx_id, len(payload)) + payload)
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     def _trace(self, conn: Connection, message: Message, result: str) -> None:
         if self.hooks is not None and self.log_switches["io"]:
@@ -326,7 +326,7 @@ class Engine:
         """An encoded event, queued whatever waits already."""
         if not conn.overflow:
             conn.put_event(data, None, once=False)
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     def _send_event(
         self, source: Connection | None, conn: Connection, path: bytes, token: bytes, once: bool
@@ -341,7 +341,7 @@ class Engine:
                 cause = source.cause = Cause(source)
         conn.put_event(_pack(_EVENT, 0, 0, length) + path + b"\0" + token + b"\0", cause, once=once)
         if conn is not self._current:
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     # ---- domains ----
 

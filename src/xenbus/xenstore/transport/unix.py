@@ -24,17 +24,9 @@ class UnixTransport(StreamTransport):
 
     def __init__(self, sock: socket.socket, peer: str = "") -> None:
         sock.setblocking(False)
-        super().__init__(sock.fileno(), peer or f"xenstored at {_name(sock)}")
-        self._sock = sock
-
-    def _read_into(self, buffer: memoryview) -> int:
-        return self._sock.recv_into(buffer)
-
-    def _write(self, data: bytes | bytearray) -> int:
-        return self._sock.send(data)
-
-    def _close_fd(self) -> None:
-        self._sock.close()
+        super().__init__(
+            sock.fileno(), peer or f"xenstored at {_name(sock)}", sock.recv_into, sock.send, sock.close
+        )
 
 
 class UnixPipe:
