@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from copy import copy
 
+from tests.support.machine import GuestRing
 from tests.support.xenstored import DEADLINE, Xenstored
 from xenbus.xenstore.transport import Pipe
 from xenbus.xenstore.wire import HEADER, Message, Op, Parser, parse_error, parse_event
@@ -59,9 +60,11 @@ class Probe:
 
     def __init__(self, daemon: Xenstored) -> None:
         self._deaf: frozenset[str] = frozenset()
+        self.rings: dict[int, GuestRing] = {}
         self._lines = {"A": _Line(daemon.connect()), "B": _Line(daemon.connect())}
         for domid in (1, 2):
-            self._lines[str(domid)] = _Line(daemon.introduce(domid))
+            ring = self.rings[domid] = daemon.introduce(domid)
+            self._lines[str(domid)] = _Line(ring)
 
     def without(self, client: str) -> Probe:
         """The same, but that client is never looked at, unless it asks something itself."""

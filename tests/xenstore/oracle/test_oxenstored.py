@@ -5,12 +5,14 @@ Each test is done by Debian's oxenstored and by ours with that profile.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.machine import PORT_BASE
 from tests.support.probe import Probe
-from tests.support.xenstored import Xenstored, needs, start
+from tests.support.xenstored import DEADLINE, Xenstored, needs, start
 
 Start = Callable[..., Xenstored]
 
@@ -103,3 +105,26 @@ def test_a_domain_that_stops_is_told_of_each_time(begin: Start) -> None:
         pass
     assert said == "event @releaseDomain t, ENOENT"
     assert probe.ask("1 READ /none") == "ENOENT", "it is served all the same"
+
+
+def test_a_guest_begins_anew(begin: Start) -> None:
+    """The feature RECONNECTION: what was in its rings and what it had open is gone."""
+    daemon = begin()
+    probe = Probe(daemon)
+
+    page = probe.rings[1].page
+    assert page.features == 1
+    assert probe.ask("1 START t") == "a transaction"
+    assert probe.ask("1@t WRITE x 1") == "OK"
+    page.write(b"\xff" * 5)  # the beginning of something
+    page.connection = 1
+    daemon.machine.raise_port(PORT_BASE + 1)
+    end = time.monotonic() + DEADLINE
+    while page.connection:
+        assert time.monotonic() < end
+    assert not page.readable
+    assert probe.ask("1@t WRITE x 2") == "EIO"
+    assert probe.ask("1 START t") == "a transaction"
+    assert probe.ask("1@t WRITE x 3") == "OK"
+    assert probe.ask("1@t END T") == "OK"
+    assert probe.ask("A READ /local/domain/1/x") == "3"

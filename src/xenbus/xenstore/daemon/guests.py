@@ -129,10 +129,21 @@ class Guests:
         except BaseException:
             await hypervisor.gntdev.unmap(mapping)
             raise
-        transport = RingTransport(mapping.view, channel.notify, Side.DAEMON, f"domain {domid}")
+        transport = RingTransport(
+            mapping.view,
+            channel.notify,
+            Side.DAEMON,
+            f"domain {domid}",
+            on_reconnect=lambda: self._begin_anew(domid),
+        )
         ring.append(transport)
         transport.page.features = self._host.features(domid)
         return mapping, channel, transport
+
+    def _begin_anew(self, domid: int) -> None:
+        guest = self._guests.get(domid)
+        if guest is not None:
+            guest.session.reset()
 
     async def _give_back(self, guest: _Guest) -> None:
         assert self._hypervisor is not None

@@ -154,6 +154,10 @@ class Daemon:
         session = self._sessions[conn] = Session(self, conn, transport)
         return session
 
+    def reset(self, session: Session) -> None:
+        self.engine.reset(session.conn)
+        self.relieved()
+
     def ended(self, session: Session, exc: Exception | None) -> None:
         """A session is over: nothing of it stays."""
         if self._sessions.pop(session.conn, None) is None:

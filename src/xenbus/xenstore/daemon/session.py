@@ -36,6 +36,10 @@ class Host(Protocol):
         """Give requests to the engine, in order, while the session may go on; then send what came of it."""
         ...
 
+    def reset(self, session: Session) -> None:
+        """Its watches and transactions are dropped, and its queue."""
+        ...
+
     def ended(self, session: Session, exc: Exception | None) -> None: ...
     def relieved(self) -> None:
         """Events were dropped: whoever waited for them to be taken may go on."""
@@ -169,6 +173,12 @@ class Session:
     def drained(self) -> None:
         self.pump()
         self._work()
+
+    def reset(self) -> None:
+        """The guest begins anew: what it asked, watched and opened is gone, and what waits for it."""
+        self.parser = Parser(self.parser.limit)
+        self._pending.clear()
+        self.host.reset(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if isinstance(exc, PeerError):

@@ -130,9 +130,9 @@ class RingPage:
         return self._get(EVTCHN_PORT)
 
     def empty(self) -> None:
-        """The daemon's part of a reconnection: nothing is in either ring."""
+        """The daemon's part of a reconnection: nothing is in either ring, and the indices begin anew."""
         for _, _, cons, prod in (XENSTORE_REQ, XENSTORE_RSP):
-            self._words[cons // 4] = self._words[prod // 4]
+            self._words[cons // 4] = self._words[prod // 4] = 0
         fence.full_fence()
 
     def release(self) -> None:
