@@ -128,3 +128,19 @@ def test_a_guest_begins_anew(begin: Start) -> None:
     assert probe.ask("1@t WRITE x 3") == "OK"
     assert probe.ask("1@t END T") == "OK"
     assert probe.ask("A READ /local/domain/1/x") == "3"
+
+
+def test_the_root_is_nobodys_after_its_owner(begin: Start) -> None:
+    """And what is made below it goes with whoever dies next."""
+    probe = Probe(begin())
+    assert probe.ask("A SET_PERMS / b1 r2") == "OK"
+    assert probe.ask("2 WRITE /a/b x") == "EACCES"
+    assert probe.ask("1 WRITE /a/b x") == "OK"
+    assert probe.ask("A RELEASE 1") == "OK"
+    assert probe.ask("A GET_PERMS /") == "b9223372036854775807 r2"
+    assert probe.ask("A DIRECTORY /") == "@introduceDomain @releaseDomain local tool"
+    assert probe.ask("A MKDIR /a") == "OK"
+    assert probe.ask("A GET_PERMS /a") == "b9223372036854775807 r2"
+    assert probe.ask("A RELEASE 2") == "OK"
+    assert probe.ask("A GET_PERMS /") == "b9223372036854775807"
+    assert probe.ask("A DIRECTORY /") == "@introduceDomain @releaseDomain local tool"

@@ -13,7 +13,6 @@ from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored import events
 from xenbus.xenstore.engine.oxenstored.parsing import first_digits, number, ocaml_number, words_of
 from xenbus.xenstore.engine.oxenstored.views import Store, Transaction
-from xenbus.xenstore.engine.tree import Node, Perms
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -122,26 +121,21 @@ def bury(engine: Engine, domid: int) -> None:
     if domain is not None:
         store.conflicts.gone(domain)
     store.begin()
-    gone = (domid, NOBODY)
     owned: list[bytes] = []
     for path, node in list(engine.nodes.items()):
-        if node.perms[0][1] in gone:
+        first, *others = node.perms
+        if path == b"/" and first[1] == domid:
+            store.set_perms(path, node, ((first[0], NOBODY), *others))
+        elif path != b"/" and first[1] in (domid, NOBODY):
             owned.append(path)
-        elif any(one == domid for _, one in node.perms[1:]):
-            store.set_perms(path, node, _without(node, domid))
+        elif any(one == domid for _, one in others):
+            store.set_perms(path, node, (first, *(entry for entry in others if entry[1] != domid)))
     for path in owned:
-        if path == b"/":
-            root = engine.nodes[path]
-            store.set_perms(path, root, ((root.perms[0][0], NOBODY), *_without(root, domid)[1:]))
-        elif path in engine.nodes:
+        if path in engine.nodes:
             store.remove(path)
     if store.history.newest is not None:
         store.history.newest.everything = True
     engine.domains.pop(domid, None)
-
-
-def _without(node: Node, domid: int) -> Perms:
-    return (node.perms[0], *(entry for entry in node.perms[1:] if entry[1] != domid))
 
 
 def resume(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
