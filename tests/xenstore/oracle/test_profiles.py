@@ -198,9 +198,10 @@ def test_both_profiles(kind: str, script: str, tmp_path: Path) -> None:
 LIMITS = {"nodes": 3, "watches": 1, "transactions": 1, "transaction-nodes": 3}
 AT_THE_LIMIT = """
 1 WRITE a 1 -> OK
+1 WRITE b/c/d 1 -> ENOSPC | EQUOTA
+1 READ b -> ENOENT | nothing
 1 WRITE b 1 -> OK
 1 WRITE c 1 -> ENOSPC | EQUOTA
-1 WRITE a/b/c 1 -> ENOSPC | EQUOTA
 A WRITE /local/domain/1/d 1 -> OK
 1 WATCH a t -> OK, event a t
 1 WATCH b t -> OK, event b t
