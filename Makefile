@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint fuzz bench pyz xen-test xen-test-all xen-bench xen-shell clean
+.PHONY: help oracle demo test test-all check lint fuzz bench pyz xen-test xen-test-all xen-bench xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -51,6 +51,9 @@ bench: $(VENV)/.bench ## benchmarks (BENCH="--quick block")
 $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	touch $@
+
+oracle: $(STAMP) ## random actions on ours and on Debian's xenstored, compared (MINUTES=60)
+	$(BIN)/python -m tests.xenstore.oracle.play --minutes $(or $(MINUTES),60) $(ORACLE)
 
 pyz: xenbus.pyz ## the command in one file, which python3 runs with nothing installed
 

@@ -20,13 +20,23 @@ from xenbus.hypervisor.interface import PAGE_SIZE, Channel, CopyOp, GrantedPages
 from xenbus.xenstore.transport.ringpage import RingPipe
 
 PORT_VIRQ = 1
+PORT_ECHO = 2
 PORT_BASE = 16
 _PORT = struct.Struct("=I")
 
 
-def _fifo(path: Path) -> None:
+def _open_fifo(path: Path) -> int:
+    """Made if it is missing. Both ends at once, so that a write neither fails nor waits for a reader."""
     if not path.exists():
         os.mkfifo(path, 0o600)
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _await(fd: int, seconds: float) -> bool:
+    """Until there is something to read; False after that time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0, seconds) * 1000))
 
 
 class Machine:
@@ -35,9 +45,8 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "run").mkdir(parents=True)
-        _fifo(folder / "evtchn")
-        # Both ends, so that a write neither fails nor waits while no daemon is there.
-        self._evtchn = os.open(folder / "evtchn", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._evtchn = _open_fifo(folder / "evtchn")
+        self._echo = _open_fifo(folder / "echo")
         self.create(0)
         (folder / "0" / "port").write_text("1")  # as /proc/xen/xsd_port: no newline
 
@@ -46,13 +55,19 @@ class Machine:
         home = self.folder / str(domid)
         home.mkdir(exist_ok=True)
         (home / "page").write_bytes(bytes(PAGE_SIZE))
-        _fifo(home / "kick")
+        os.close(_open_fifo(home / "kick"))
         (home / "state").write_text("")
 
     def state(self, domid: int, letters: str) -> None:
         """What the hypervisor says of it from now on: d dying, c crashed, s shut down; and that it does."""
         (self.folder / str(domid) / "state").write_text(letters)
         self.raise_port(PORT_VIRQ)
+
+    def resume(self, domid: int) -> None:
+        """It runs again, if it is there. Nobody is told."""
+        state = self.folder / str(domid) / "state"
+        if state.exists():
+            state.write_text("")
 
     def remove(self, domid: int) -> None:
         """The hypervisor knows the domain no more, and says so."""
@@ -64,11 +79,19 @@ class Machine:
         with suppress(BlockingIOError):
             os.write(self._evtchn, _PORT.pack(port))
 
+    def settle(self, seconds: float = 10.0) -> None:
+        """Until the daemon has dealt with every event so far. TimeoutError."""
+        self.raise_port(PORT_ECHO)
+        if not _await(self._echo, seconds):
+            raise TimeoutError("the daemon does not look at its event channels")
+        os.read(self._echo, 1)
+
     def guest(self, domid: int) -> GuestRing:
         return GuestRing(self, domid)
 
     def close(self) -> None:
         os.close(self._evtchn)
+        os.close(self._echo)
 
 
 class GuestRing(RingPipe):
@@ -77,9 +100,7 @@ class GuestRing(RingPipe):
     def __init__(self, machine: Machine, domid: int) -> None:
         self.domid = domid
         home = machine.folder / str(domid)
-        self._kick = os.open(home / "kick", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._kick, select.POLLIN)
+        self._kick = _open_fifo(home / "kick")
         with (home / "page").open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), PAGE_SIZE)
         self.view = memoryview(self._memory)
@@ -91,7 +112,7 @@ class GuestRing(RingPipe):
         )
 
     def _await_kick(self, seconds: float) -> None:
-        if self._poll.poll(max(0, seconds) * 1000):
+        if _await(self._kick, seconds):
             with suppress(BlockingIOError):
                 os.read(self._kick, 65536)
 
@@ -146,11 +167,11 @@ class FileHypervisor:
         self._folder = folder
         self.channels: dict[int, _Channel] = {}
         self._mapped = 0
-        self._states: dict[int, str | None] = {}
         self._dead: Callable[[int], None] = lambda domid: None
-        # Not of the interface, since no real handle tells it yet: a domain shut down.
+        # Not of the interface, since no real handle tells it yet: a domain is shut down. Told at each event.
         self.on_shutdown: Callable[[int], None] = lambda domid: None
-        self._evtchn = os.open(folder / "evtchn", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._evtchn = _open_fifo(folder / "evtchn")
+        self._echo = _open_fifo(folder / "echo")
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._evtchn, self._pending)
 
@@ -166,27 +187,27 @@ class FileHypervisor:
     async def close(self) -> None:
         self._loop.remove_reader(self._evtchn)
         os.close(self._evtchn)
+        os.close(self._echo)
 
     # ---- events ----
 
     def _pending(self) -> None:
         data = os.read(self._evtchn, 4096 * _PORT.size)
-        for port in dict.fromkeys(port for (port,) in _PORT.iter_unpack(data)):
+        for (port,) in _PORT.iter_unpack(data):
             if port == PORT_VIRQ:
                 self._look_at_domains()
+            elif port == PORT_ECHO:
+                os.write(self._echo, b"\0")
             elif port in self.channels:
                 self.channels[port].handler()
 
     def _look_at_domains(self) -> None:
-        """VIRQ_DOM_EXC: something has changed about some domain."""
+        """VIRQ_DOM_EXC: something has changed about some domain. What is told twice means nothing."""
         for domid in sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit()):
             state = self._state(domid)
-            before = self._states.get(domid, "")
-            self._states[domid] = state
             if state is None or "d" in state:
-                if before is not None and "d" not in before:
-                    self._dead(domid)
-            elif state and not before:
+                self._dead(domid)
+            elif state:
                 self.on_shutdown(domid)
 
     def _state(self, domid: int) -> str | None:

@@ -155,12 +155,14 @@ class Xenstored(ABC):
         return self.guest(domid)
 
     def shutdown(self, domid: int, letters: str = "s") -> None:
-        """The domain has stopped (s) or crashed (c) and is still there."""
+        """The domain has stopped (s) or crashed (c) and is still there. The daemon knows on return."""
         self.machine.state(domid, letters)
+        self.machine.settle(DEADLINE)
 
     def kill(self, domid: int) -> None:
-        """The hypervisor does not know the domain any more."""
+        """The hypervisor does not know the domain any more. The daemon knows on return."""
         self.machine.remove(domid)
+        self.machine.settle(DEADLINE)
 
     def stop(self) -> None:
         """Idempotent."""

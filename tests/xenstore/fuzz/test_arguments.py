@@ -87,8 +87,8 @@ TABLE: dict[Op, Takes] = {
     Op.RESUME: Takes((("domid", b"6"),), privileged=True),
     Op.SET_TARGET: Takes((("domid", b"6"), ("domid", b"5")), more=True, privileged=True, names=NO_DOMAIN),
     Op.RESET_WATCHES: Takes(),
-    # The node is looked for before the offset is looked at.
-    Op.DIRECTORY_PART: Takes((A, ("offset", b"0"))),
+    # The node is looked for before the offset, which is read as atoi does: no word is wrong.
+    Op.DIRECTORY_PART: Takes((A, ("offset", b"0")), names=frozenset({""})),
     Op.GET_FEATURE: Takes(),
     Op.SET_FEATURE: Takes((("domid", b"7"), ("number", b"2")), privileged=True, names=NO_DOMAIN),
     Op.GET_QUOTA: Takes((("domid", b"6"), ("name", b"nodes")), privileged=True, fewer=(0,), names=NO_DOMAIN),

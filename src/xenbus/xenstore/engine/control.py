@@ -67,7 +67,7 @@ def _memreport(engine: Engine, words: list[str]) -> str:
     if not words:
         return report[:4000]
     if engine.hooks is None or not engine.hooks.write_report(words[0], report):
-        raise Fail("EIO")
+        raise Fail("EINVAL")
     return "OK"
 
 
@@ -101,6 +101,8 @@ def _quota_set(engine: Engine, words: list[str], prefix: str) -> str:
     if len(words) != 2 or not _is_number(words[1]) or not int(words[1]):
         raise Fail("EINVAL")
     name, value = prefix + words[0], int(words[1])
+    if name == "permissions":
+        name = "node-permissions"  # what it is called in 4.17
     try:
         engine.quotas.set(name, value)
     except UsageError:
@@ -129,7 +131,7 @@ def _quota(engine: Engine, words: list[str]) -> str:
         return _quota_max(engine, words[1:])
     if len(words) != 1 or not _is_number(words[0]):
         raise Fail("EINVAL")
-    rows = (f"{name:<17}: {value:8d}\n" for name, value in _usage(engine, int(words[0])).items())
+    rows = (f"{name:<16}: {value:8d}\n" for name, value in _usage(engine, int(words[0])).items())
     return f"Domain {int(words[0])}:\n" + "".join(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +90,13 @@ def number_of(word: bytes, highest: int = 0xFFFF_FFFF) -> int:
     if value > highest:
         raise Fail("EINVAL")
     return value
+
+
+def atoi(word: bytes) -> int:
+    """What C's atoi makes of a word: 0 of one that is no number, and what follows the digits is not looked
+    at. For the numbers that every xenstored reads like that; the others are strict here."""
+    found = re.match(rb"\s*([-+]?[0-9]{1,19})", word)
+    return int(found[1]) if found else 0
 
 
 def domid_of(word: bytes) -> int:

@@ -14,7 +14,7 @@ from xenbus.xenstore.engine.connection import QUEUE_LIMIT, Cause, Connection, Do
 from xenbus.xenstore.engine.dispatch import Fail, Hooks, OpenTransaction
 from xenbus.xenstore.engine.profiles import XENSTORED, Profile
 from xenbus.xenstore.engine.quotas import Quotas
-from xenbus.xenstore.engine.transactions import Entry, Transaction
+from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Entry, Transaction
 from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
 from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
@@ -230,6 +230,13 @@ class Engine:
         """The node and all below, children before parents, siblings in order."""
         found: list[tuple[bytes, Node]] = []
         stack = [path]
+        if tx is not None:
+            # Looked at as walk_node_tree does, parents first: events come out in that order.
+            while stack:
+                node = self.lookup(tx, here := stack.pop())
+                if node is not None and node.children:
+                    stack += [child_path(here, name) for name in reversed(node.children)]
+            stack = [path]
         while stack:
             here = stack.pop()
             node = self.lookup(tx, here)
@@ -250,26 +257,31 @@ class Engine:
         tx.domain.memory -= tx.memory
         tx.release()
 
-    def commit(self, tx: Transaction) -> None:
-        """What it wrote becomes the store's. The caller has checked that it may."""
-        nodes = self.nodes
+    def commit(self, source: Connection, tx: Transaction) -> None:
+        """What it wrote becomes the store's, and is told. The caller has checked that it may. One by one: who
+        may hear of a node is judged by the tree as it is at that moment (finalize_transaction)."""
         for path, entry in tx.accessed.items():
-            if not entry.modified:
-                continue
-            base, node = entry.base, entry.node
-            if base is not None:
-                self.domain(base.perms[0][1]).memory -= len(path) + base.size
-            if node is None:
-                if base is not None:
-                    self.generation += 1
-                    del nodes[path]
-                continue
-            self.generation += 1
-            node.generation = self.generation
-            nodes[path] = node
-            self.domain(node.perms[0][1]).memory += len(path) + node.size
+            if entry.modified:
+                self._commit(path, entry)
+            if entry.fire != FIRE_NOT:
+                perms = None if entry.node is None else entry.node.perms
+                self.fire(source, path, perms, entry.perms, exact=entry.fire == FIRE_EXACT)
         for domid, delta in tx.nodes.items():
             self.domain(domid).nodes += delta
+
+    def _commit(self, path: bytes, entry: Entry) -> None:
+        base, node = entry.base, entry.node
+        if base is not None:
+            self.domain(base.perms[0][1]).memory -= len(path) + base.size
+        if node is None:
+            if base is not None:
+                self.generation += 1
+                del self.nodes[path]
+            return
+        self.generation += 1
+        node.generation = self.generation
+        self.nodes[path] = node
+        self.domain(node.perms[0][1]).memory += len(path) + node.size
 
     # ---- events ----
 
@@ -314,7 +326,7 @@ class Engine:
         for watch, path in self.watches.special(name, domid):
             if not (plain if path == name else named):
                 continue
-            if watch.conn.guest and not self._may_hear(watch.conn, name, perms, None):
+            if watch.conn.guest and not access_of(perms, watch.conn.ids) & READ:
                 continue
             self._send_event(None, watch.conn, path, watch.token, False)
 

@@ -101,7 +101,7 @@ class JournaledEngine(Engine):
             self.changed.pop(path, None)
         self.changed[path] = None
 
-    def commit(self, tx: Transaction) -> None:
+    def commit(self, source: Connection, tx: Transaction) -> None:
         made: dict[bytes, None] = {}
         for path, entry in tx.accessed.items():
             if not entry.modified:
@@ -112,7 +112,7 @@ class JournaledEngine(Engine):
                 made[path] = None
             else:
                 self.changed[path] = None
-        super().commit(tx)
+        super().commit(source, tx)
         for path in self._as_listed(made):
             self.changed.pop(path, None)
             self.changed[path] = None
