@@ -73,10 +73,10 @@ class RawGuest:
 class Host:
     """An in-process machine with a store; domain 0's client is `dom0`."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: str = "xenstored") -> None:
         self.machine = Machine()
         self.hv = self.machine.domain(0)
-        self.daemon = Daemon(self.hv)
+        self.daemon = Daemon(self.hv, profile=profile)
         self.dom0: Client
         self.failures: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.failures.append(context))
@@ -117,8 +117,8 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def host() -> AsyncIterator[Host]:
-    one = Host()
+async def host(profile: str = "xenstored") -> AsyncIterator[Host]:
+    one = Host(profile)
     one.dom0 = await Client.connect(one.daemon.connect_local())
     try:
         yield one

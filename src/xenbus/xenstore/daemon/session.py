@@ -179,6 +179,7 @@ class Session:
         self.parser = Parser(self.parser.limit)
         self._pending.clear()
         self.host.reset(self)
+        self._work()  # and is read again, if it was not because its ring was full
 
     def connection_lost(self, exc: Exception | None) -> None:
         if isinstance(exc, PeerError):
