@@ -93,6 +93,20 @@ A@t WRITE /b 1 -> OK
 B WRITE /a 2 -> OK
 B WRITE /a 1 -> OK
 A@t END T -> EAGAIN | OK
+# what an operation makes before it fails
+A START t -> a transaction
+A@t MKDIR /a -> OK
+A@t WRITE /b/c v*3000 -> OK | E2BIG
+A@t END T -> OK
+A READ /b -> nothing
+A RM /a -> OK
+A RM /b -> OK
+A START t -> a transaction
+A@t MKDIR /a -> OK
+A@t WRITE /b/c v*3000 -> OK | E2BIG
+B MKDIR /a -> OK
+A@t END T -> EAGAIN | OK
+A READ /b -> ENOENT
 # transaction ids
 A@77 READ / -> ENOENT | EIO
 A@77 WATCH /w t -> OK, event /w t | OK (tx 0), event /w t
