@@ -5,9 +5,7 @@ Knows the blocking client and the daemon's entry. Any XenStore will do, Xen's ow
 
 from __future__ import annotations
 
-import base64
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,8 @@ import click
 
 from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
 from xenbus.cli.exits import Exit
+from xenbus.cli.recordings import add_to
+from xenbus.cli.values import escaped, jsonable, unescaped
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 if TYPE_CHECKING:
@@ -39,18 +39,29 @@ def address(directory: Path | None, socket: Path | None) -> str:
     return os.environ.get(STORE_VARIABLE) or default_address()
 
 
-def target_options(command: F) -> F:
-    """--dir and --socket, handed over as `connect: Callable[[], SyncClient]`."""
+def address_options(command: F) -> F:
+    """--dir and --socket, handed over as `where: str`."""
     import functools
 
     @functools.wraps(command)
     def wrapped(*args: Any, directory: Path | None, socket: Path | None, **kwargs: Any) -> Any:
-        return command(*args, connect=lambda: _connect(address(directory, socket)), **kwargs)
+        return command(*args, where=address(directory, socket), **kwargs)
 
     option = click.option(
         "--socket", metavar="PATH", type=click.Path(path_type=Path), help="The store's socket or device."
     )
     return dir_option(option(wrapped))  # type: ignore[return-value]
+
+
+def target_options(command: F) -> F:
+    """--dir and --socket, handed over as `connect: Callable[[], SyncClient]`."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, where: str, **kwargs: Any) -> Any:
+        return command(*args, connect=lambda: _connect(where), **kwargs)
+
+    return address_options(wrapped)  # type: ignore[return-value]
 
 
 def _connect(where: str) -> SyncClient:
@@ -64,53 +75,6 @@ def _connect(where: str) -> SyncClient:
 
 def _reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-# Values
-
-
-def escaped(value: bytes) -> str:
-    """A value on one line of ASCII, escaped as Xen's own tools do (xenstore_client.c, sanitise_value)."""
-    return "".join(_ESCAPES[byte] for byte in value)
-
-
-def _escape(byte: int) -> str:
-    named = {9: "\\t", 10: "\\n", 13: "\\r", 92: "\\\\"}
-    if byte in named:
-        return named[byte]
-    if 32 <= byte <= 126:
-        return chr(byte)
-    return f"\\{byte:03o}" if byte < 8 else f"\\x{byte:02x}"
-
-
-_ESCAPES = [_escape(byte) for byte in range(256)]
-
-
-_ESCAPED = re.compile(rb"\\(?:([tnr\\])|x([0-9a-fA-F]{2})|([0-7]{1,3})|)", re.DOTALL)
-_NAMED = {b"t": b"\t", b"n": b"\n", b"r": b"\r", b"\\": b"\\"}
-
-
-def unescaped(text: str) -> bytes:
-    """The value that is shown like this. UsageError for a backslash that begins no escape."""
-
-    def plain(found: re.Match[bytes]) -> bytes:
-        named, hexadecimal, octal = found.groups()
-        number = int(hexadecimal, 16) if hexadecimal else int(octal, 8) if octal else 256
-        if named is None and number > 255:
-            raise UsageError(f"{text[:60]!r}: a backslash begins \\t, \\n, \\r, \\\\, \\xHH or \\OOO")
-        return _NAMED[named] if named else bytes([number])
-
-    return _ESCAPED.sub(plain, os.fsencode(text))
-
-
-def jsonable(value: bytes | None) -> object:
-    """Text where it is UTF-8, otherwise `{"base64": ...}`; null for what may not be read."""
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(value).decode()}
 
 
 def _perms(client: SyncClient, path: str) -> list[str]:
@@ -408,3 +372,6 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str, state: 
     sys.stdout.flush()
     ready = os.dup(sys.stdout.fileno())
     run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen, state=state))
+
+
+add_to(command, address_options)
