@@ -20,8 +20,8 @@ from xenbus.errors import StoreError, UsageError
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon import Daemon
 from xenbus.xenstore.daemon import server as daemon_server
-from xenbus.xenstore.engine import Quotas
-from xenbus.xenstore.wire import Op, encode
+from xenbus.xenstore.engine import Connection, Engine, Quotas
+from xenbus.xenstore.wire import Message, Op, encode
 
 
 @contextlib.asynccontextmanager
@@ -174,6 +174,33 @@ def test_leaving_in_a_transaction_and_with_watches_leaves_nothing(tmp_path: Path
             assert (domain.watches, domain.transactions) == (0, 0)
             assert b"/a" not in daemon.engine.nodes
             assert daemon.engine.check() == []
+
+    asyncio.run(run())
+
+
+def test_a_defect_of_ours_costs_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = Engine.handle
+
+    def defect(engine: Engine, conn: Connection, message: Message) -> None:
+        if message.op == Op.MKDIR:
+            raise ZeroDivisionError
+        handle(engine, conn, message)
+
+    monkeypatch.setattr(Engine, "handle", defect)
+
+    async def run() -> None:
+        async with daemon_at(tmp_path / "socket"):
+            client, other = [await RawStore.connect(tmp_path / "socket") for _ in range(2)]
+            await client.send(encode(Op.WRITE, 1, 0, b"/a\x001") + encode(Op.MKDIR, 2, 0, b"/b\0"))
+            await client.send(encode(Op.READ, 3, 0, b"/a\0"))
+            replies = [(one.req_id, one.payload) for one in await client.receive(3)]
+            assert replies == [(1, b"OK\0"), (2, b"EIO\0"), (3, b"1")]
+            assert await other.ask(Op.READ, "/a") == b"1"
+            assert "ZeroDivisionError" in caplog.text and "MKDIR req 2" in caplog.text
+            client.close()
+            other.close()
 
     asyncio.run(run())
 

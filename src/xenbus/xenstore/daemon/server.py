@@ -179,7 +179,13 @@ class Daemon:
         try:
             while messages and budget:
                 budget -= 1
-                handle(conn, messages.popleft())
+                message = messages.popleft()
+                try:
+                    handle(conn, message)
+                except Exception:  # noqa: BLE001
+                    # A defect of ours: whoever asked is told, and is not left waiting.
+                    _log.exception("%s: %s", session.transport.peer, message)
+                    engine.fail(conn, message, "EIO")
                 if session.busy or session.closed or (guest and not conn.may_send):
                     break
         finally:
