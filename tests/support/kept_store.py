@@ -14,17 +14,28 @@ from pathlib import Path
 from tests.support.machine import FileHypervisor, GuestRing, Machine
 from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.server import Daemon
+from xenbus.xenstore.daemon.update import Resumed, Updater, tried
+from xenbus.xenstore.engine import XENSTORED
 from xenbus.xenstore.sync import SyncClient
 
 DEADLINE = 20.0
 
 
 async def serve(folder: Path, state: str) -> None:
+    if tried(XENSTORED):
+        return
+    resumed = Resumed.take()
     hypervisor = FileHypervisor(folder)
-    daemon = Daemon(hypervisor, keeper=Keeper(state))  # type: ignore[arg-type]
-    await daemon.go_on()
-    await daemon.listen_unix(folder / "run" / "socket")
-    print("ready", flush=True)
+    keeper = Keeper(state) if resumed is None else resumed.keeper(state)
+    image = None if resumed is None else resumed.image
+    daemon = Daemon(hypervisor, keeper=keeper, image=image)  # type: ignore[arg-type]
+    daemon.updater = Updater(daemon)
+    await daemon.go_on(sockets=resumed is not None)
+    if resumed is None:
+        await daemon.listen_unix(folder / "run" / "socket")
+        print("ready", flush=True)
+    else:
+        daemon.adopt_listener(resumed.listener)
     await asyncio.Event().wait()
 
 

@@ -266,7 +266,7 @@ def test_control_help_check_print() -> None:
     assert dom0.ask(Op.CONTROL, "check") == "OK"
     assert dom0.ask(Op.CONTROL, "print", "hello") == "OK"
     assert hooks.lines == ["control: hello"]
-    assert "not possible" in dom0.ask(Op.CONTROL, "live-update", "-s")
+    assert "began no live update" in dom0.ask(Op.CONTROL, "live-update", "-s")
 
 
 def test_control_check_names_what_is_wrong(engine: Engine, dom0: Talk) -> None:

@@ -16,9 +16,11 @@ import sys
 from collections.abc import Sequence
 
 from xenbus.errors import XenbusError
+from xenbus.hypervisor.interface import Hypervisor
 from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.loop import run
 from xenbus.xenstore.daemon.server import Daemon
+from xenbus.xenstore.daemon.update import SIGNALS, Resumed, Updater, tried
 from xenbus.xenstore.engine import PROFILES, XENSTORED, Profile, Quotas, profile_of
 from xenbus.xenstore.state.records import StateError
 
@@ -68,17 +70,49 @@ async def serve(
 ) -> None:
     """Until SIGTERM, SIGINT, or the broker's end. `quotas` that are not the profile's own count more than
     those in the state file."""
+    if tried(profile):
+        return
     _allow_descriptors()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, stop.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    resumed = Resumed.take()
     hypervisor = None
     if broker_fd is not None:
         from xenbus.hypervisor.broker import connect
 
         hypervisor = await connect(broker_fd)
         hypervisor.on_lost(stop.set)
+    daemon = _daemon(hypervisor, quotas, profile, state, resumed)
+    daemon.updater = Updater(daemon, evtchn_fd=-1 if broker_fd is None else broker_fd)
+    try:
+        await daemon.go_on(sockets=resumed is not None)
+        if resumed is not None and resumed.listener >= 0:
+            daemon.adopt_listener(resumed.listener)
+        else:
+            await daemon.listen_unix(path)
+        if resumed is None:
+            _say_ready(ready_fd)
+        await stop.wait()
+    finally:
+        await daemon.close()
+        if hypervisor is not None:
+            await hypervisor.close()
+
+
+def _daemon(
+    hypervisor: Hypervisor | None,
+    quotas: Quotas,
+    profile: Profile,
+    state: str | None,
+    resumed: Resumed | None,
+) -> Daemon:
+    """With the store of the process before, of the file, or an empty one."""
+    if resumed is not None:
+        keeper = resumed.keeper(state)
+        return Daemon(hypervisor, quotas, profile=profile, keeper=keeper, image=resumed.image)
     usual = profile.quotas().as_dict()
     given = {name: value for name, value in quotas.as_dict().items() if value != usual[name]}
     keeper = Keeper(state) if state is not None else None
@@ -88,15 +122,7 @@ async def serve(
         raise (keeper.blamed(exc) if keeper is not None else exc) from exc
     for name, value in given.items():
         daemon.engine.quotas.set(name, value)
-    try:
-        await daemon.go_on()
-        await daemon.listen_unix(path)
-        _say_ready(ready_fd)
-        await stop.wait()
-    finally:
-        await daemon.close()
-        if hypervisor is not None:
-            await hypervisor.close()
+    return daemon
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -285,6 +285,11 @@ class Keeper:
             _log.warning("state file %s: written again, and up to date", self.path)
             self._trouble = ""
 
+    async def settle(self) -> None:
+        """Nothing is under way with the file."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
     async def close(self) -> None:
         """The file is up to date and on disk, and unlocked. Idempotent."""
         if self._closed:

@@ -23,11 +23,14 @@ from xenbus.hypervisor.interface import Hypervisor
 from xenbus.xenstore.daemon.guests import Guests
 from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.session import Session
+from xenbus.xenstore.daemon.update import Updater, problem
 from xenbus.xenstore.engine import XENSTORED, Connection, Engine, Profile, Quotas, profile_of
+from xenbus.xenstore.engine.update import LiveUpdate
+from xenbus.xenstore.state.dump import Held
 from xenbus.xenstore.state.image import Image
 from xenbus.xenstore.state.journal import JournaledEngine
 from xenbus.xenstore.state.load import Restored, load
-from xenbus.xenstore.state.records import Ring, RingPosition
+from xenbus.xenstore.state.records import INBOUND_MAX, Ring, RingPosition, Socket
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.memory import memory_pair
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -67,6 +70,8 @@ class Daemon:
     ) -> None:
         profile = profile_of(profile) if isinstance(profile, str) else profile
         self.keeper = keeper
+        # Set by whoever owns the process.
+        self.updater: Updater | None = None
         kind = Engine if keeper is None else JournaledEngine
         self._restored: list[Restored] = []
         self._positions: dict[int, RingPosition] = {}
@@ -113,6 +118,19 @@ class Daemon:
         finally:
             os.umask(before)
         sock.listen(128)
+        self._listen(sock, target)
+
+    def adopt_listener(self, fd: int) -> None:
+        """A socket that another process listened at. UsageError if it is none."""
+        try:
+            sock = socket.socket(fileno=fd)
+            os.set_inheritable(fd, False)
+            sock.setblocking(False)
+            self._listen(sock, Path(sock.getsockname()))
+        except OSError as exc:
+            raise UsageError(f"descriptor {fd} is no socket to listen at: {exc.strerror}") from exc
+
+    def _listen(self, sock: socket.socket, target: Path) -> None:
         info = target.stat()
         self._listeners[sock] = (target, (info.st_dev, info.st_ino))
         self._loop.add_reader(sock, self._accept, sock)
@@ -156,6 +174,7 @@ class Daemon:
 
     def reset(self, session: Session) -> None:
         self.engine.reset(session.conn)
+        self.commit()
         self.relieved()
 
     def ended(self, session: Session, exc: Exception | None) -> None:
@@ -312,17 +331,34 @@ class Daemon:
     def target(self, domid: int) -> int | None:
         return self.engine.domain(domid).target
 
-    async def go_on(self) -> None:
+    async def go_on(self, *, sockets: bool = False) -> None:
         """Serve the domains of a store that was loaded, where their rings can be had, and begin to write the
-        file. Sockets of another process are gone: their connections are dropped."""
+        file. sockets: those of its connections are this process's own now; else they are gone."""
         for restored in self._restored:
             spec = restored.data.spec
-            if not isinstance(spec, Ring) or not await self._serve_again(restored, spec):
+            if isinstance(spec, Ring):
+                served = await self._serve_again(restored, spec)
+            else:
+                served = sockets and self._adopt(restored, spec.fd)
+            if not served:
                 self.engine.disconnect(restored.conn)
         self._restored.clear()
         if self.keeper is not None:
             self.keeper.start(self._journaled(), self._guests)
         self.flush()
+
+    def _adopt(self, restored: Restored, fd: int) -> bool:
+        try:
+            sock = socket.socket(fileno=fd)
+            os.set_inheritable(fd, False)
+        except OSError as exc:
+            _log.warning("a client is lost: %s", exc)
+            return False
+        self._clients += 1
+        session = self.open_session(0, UnixTransport(sock, "a client on the socket"), restored.conn)
+        data = restored.data
+        session.go_on(data.inbound, data.outbound[: data.partial])
+        return True
 
     async def _serve_again(self, restored: Restored, spec: Ring) -> bool:
         """False: it stays introduced, but is not served, or is dead by now."""
@@ -359,6 +395,61 @@ class Daemon:
         """The domain stopped (suspend, shutdown) but is not gone: @releaseDomain, once until RESUME."""
         self.engine.domain_shutdown(domid)
         self.flush()
+
+    # ---- live update ----
+
+    def update_problem(self, file: str) -> str:
+        if self.updater is None:
+            return "this daemon is a part of another program, and cannot become one"
+        return problem(file)
+
+    def live_update(self, update: LiveUpdate, message: Message, failed: Callable[[str], None]) -> None:
+        def answered(text: str) -> None:
+            failed(text)
+            self.flush()
+
+        assert self.updater is not None
+        self.updater.start(update, message, answered)
+
+    def cancel_update(self) -> None:
+        if self.updater is not None:
+            self.updater.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """A domain is being introduced or released."""
+        return bool(self._tasks)
+
+    @property
+    def listener(self) -> int:
+        return next((sock.fileno() for sock in self._listeners), -1)
+
+    async def park(self) -> None:
+        await self._guests.park()
+
+    async def unpark(self) -> None:
+        await self._guests.unpark()
+
+    def all_held(self) -> list[Held]:
+        held = self._guests.all_held()
+        for session in list(self._sessions.values()):
+            if session.conn.guest:
+                continue
+            if not isinstance(session.transport, UnixTransport):
+                raise UsageError(f"{session.transport.peer} cannot go along")
+            while len(session.inbound) > INBOUND_MAX:
+                session.shorten()
+            unsent, partial = session.unsent
+            spec = Socket(session.transport.fileno())
+            held.append(Held(session.conn, spec, session.inbound, unsent, partial))
+        return held
+
+    def serve_held(self, session: Session, message: Message) -> None:
+        before, self._serving = self._serving, session
+        try:
+            self.engine.handle(session.conn, message)
+        finally:
+            self._serving = before
 
     # ---- tasks and the end ----
 

@@ -45,6 +45,10 @@ class Host(Protocol):
         """Events were dropped: whoever waited for them to be taken may go on."""
         ...
 
+    def serve_held(self, session: Session, message: Message) -> None:
+        """Give one request to the engine, and send nothing."""
+        ...
+
     def waits(self, session: Session) -> None:
         """A part of a request was read, and nothing else."""
         ...
@@ -122,6 +126,10 @@ class Session:
     def under_way(self) -> bool:
         """Whether a part of a request was read, or of an answer sent."""
         return bool(self._pending or self.parser.buffered or self.transport.backlog)
+
+    def shorten(self) -> None:
+        """The next request is served, whether its answer can be sent or not."""
+        self.host.serve_held(self, self._pending.popleft())
 
     def go_on(self, inbound: bytes, partial: bytes) -> None:
         """Start where another session stopped: the rest of a message goes out first, and what was read

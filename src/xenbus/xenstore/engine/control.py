@@ -14,6 +14,7 @@ from xenbus.xenstore.engine.dispatch import Fail, Handler, words_of
 from xenbus.xenstore.engine.quotas import QUOTAS
 from xenbus.xenstore.engine.transactions import Transaction
 from xenbus.xenstore.engine.tree import child_path, parent_of
+from xenbus.xenstore.engine.update import live_update
 from xenbus.xenstore.wire import Message, Op
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LOG_SWITCHES = ("io", "quota")
 _SOFT = "soft-"
+LIVE_UPDATE = "live-update"
 
 
 def _check(engine: Engine, words: list[str]) -> str:
@@ -156,11 +158,6 @@ def _quota_soft(engine: Engine, words: list[str]) -> str:
     return _quota_set(engine, words[1:], _SOFT)
 
 
-def _live_update(engine: Engine, words: list[str]) -> str:
-    # The protocol answers text that is not OK when it did not happen.
-    return "live update is not possible with this daemon"
-
-
 def _help(engine: Engine, words: list[str]) -> str:
     if words:
         raise Fail("EINVAL")
@@ -170,7 +167,7 @@ def _help(engine: Engine, words: list[str]) -> str:
 _COMMANDS: dict[str, tuple[Callable[[Engine, list[str]], str], str]] = {
     "check": (_check, ""),
     "log": (_log, "[on|off|+<switch>|-<switch>]"),
-    "live-update": (_live_update, "answers that it is not possible"),
+    LIVE_UPDATE: (_help, "[-c <cmdline>] [-F] [-t <timeout>] <file>"),
     "memreport": (_memreport, "[<file>]"),
     "print": (_print, "<string>"),
     "quota": (_quota, "[set <name> <val>|<domid>|max [-r]]"),
@@ -179,10 +176,13 @@ _COMMANDS: dict[str, tuple[Callable[[Engine, list[str]], str], str]] = {
 }
 
 
-def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
     words = [word.decode("utf-8", "replace") for word in words_of(message.payload)]
     if not words or words[0] not in _COMMANDS:
         raise Fail("EINVAL")
+    if words[0] == LIVE_UPDATE:
+        answer = live_update(engine, conn, message, words[1:])
+        return None if answer is None else answer.encode() + b"\0"
     function, _ = _COMMANDS[words[0]]
     return function(engine, words[1:]).encode() + b"\0"
 

@@ -11,6 +11,7 @@ from xenbus.xenstore.wire import Message
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.connection import Connection, Domain
     from xenbus.xenstore.engine.engine import Engine
+    from xenbus.xenstore.engine.update import LiveUpdate
 
 # Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE). The last
 # argument is the transaction or None: each profile has a class of its own for it.
@@ -55,6 +56,18 @@ class Hooks(Protocol):
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call it once, outside any request; then serve those that have to wait no longer."""
+        ...
+
+    def update_problem(self, file: str) -> str:
+        """CONTROL live-update: why this cannot be the next program; "" if it may be."""
+        ...
+
+    def live_update(self, update: LiveUpdate, message: Message, failed: Callable[[str], None]) -> None:
+        """Become that program, which answers `message` with OK; or call `failed` with the reason."""
+        ...
+
+    def cancel_update(self) -> None:
+        """Call off what `live_update` began; `failed` is called then."""
         ...
 
     def trouble(self) -> list[str]:

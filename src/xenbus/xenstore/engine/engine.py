@@ -16,6 +16,7 @@ from xenbus.xenstore.engine.profiles import XENSTORED, Profile
 from xenbus.xenstore.engine.quotas import Quotas
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Entry, Transaction
 from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
+from xenbus.xenstore.engine.update import LiveUpdate
 from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
 
@@ -53,6 +54,7 @@ class Engine:
         self.maxima: dict[str, int] = {}
         self.log_switches: dict[str, bool] = dict.fromkeys(control.LOG_SWITCHES, False)
         self.logging = False
+        self.update: LiveUpdate | None = None
         self.dirty: set[Connection] = set()
         self._current: Connection | None = None
         self.domain(0).introduced = True

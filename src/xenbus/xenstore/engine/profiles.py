@@ -55,6 +55,7 @@ class Profile:
     features:     the word that a ring page offers, and GET_FEATURE answers
     long_replies: a socket gets replies over 4096 bytes; a ring gets E2BIG, whatever this is
     accounting:   every node is counted for its owner, and its bytes are memory of its owner
+    portable:     open transactions fit into the record stream (state/dump.py)
     watches:      makes the index of watches
     plant:        makes the tree that it starts with
     introduced, died, shutdown: what happens to the engine when a domain is introduced, is gone, has stopped
@@ -72,6 +73,7 @@ class Profile:
     features: int
     long_replies: bool
     accounting: bool
+    portable: bool
     watches: Callable[[], WatchIndex]
     plant: Callable[[Engine], Any]
     introduced: Callable[[Engine, int], None]
@@ -103,6 +105,7 @@ XENSTORED = Profile(
     features=FEATURES,
     long_replies=False,
     accounting=True,
+    portable=True,
     watches=WatchIndex,
     plant=domains.plant,
     introduced=domains.introduced,
@@ -121,6 +124,7 @@ OXENSTORED = Profile(
     features=FEATURE_RECONNECTION,
     long_replies=True,
     accounting=False,
+    portable=False,
     watches=oxenstored.WatchTrie,
     plant=oxenstored.plant,
     introduced=oxenstored.introduced,

@@ -35,6 +35,7 @@ class Held:
 
     inbound: read, and not given to the engine yet
     unsent:  taken from the engine, and not sent yet; its first `partial` bytes are the rest of a message
+    after:   what is sent after all that waits
     """
 
     conn: Connection
@@ -42,6 +43,7 @@ class Held:
     inbound: bytes = b""
     unsent: bytes = b""
     partial: int = 0
+    after: bytes = b""
 
 
 def dump(engine: Engine, held: Sequence[Held] = (), *, transactions: bool = True) -> Iterator[Record]:
@@ -73,7 +75,7 @@ def conn_id(held: Held, at: int) -> int:
 
 
 def connection(held: Held, number: int) -> ConnectionData:
-    outbound = held.unsent + b"".join(held.conn.out)
+    outbound = held.unsent + b"".join(held.conn.out) + held.after
     return ConnectionData(number, held.spec, held.inbound, outbound, held.partial)
 
 

@@ -70,10 +70,10 @@ class JournaledEngine(Engine):
         elif op in _RELISTING and 0 in conn.ids and message.payload[:4] not in _HARMLESS:
             self.relisted = True
 
-    def disconnect(self, conn: Connection) -> None:
+    def reset(self, conn: Connection) -> None:
         if conn.guest:
             self.guests[conn.domid] = None
-        super().disconnect(conn)
+        super().reset(conn)
 
     # Nodes
 

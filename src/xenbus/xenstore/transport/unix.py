@@ -28,6 +28,9 @@ class UnixTransport(StreamTransport):
             sock.fileno(), peer or f"xenstored at {_name(sock)}", sock.recv_into, sock.send, sock.close
         )
 
+    def fileno(self) -> int:
+        return self._fd
+
 
 class UnixPipe:
     """The same socket for a caller that blocks.

@@ -9,6 +9,7 @@ from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored.parsing import number, words_of
 from xenbus.xenstore.engine.oxenstored.views import Transaction, View
+from xenbus.xenstore.engine.update import live_update
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -69,8 +70,11 @@ _COMMANDS: dict[bytes, Word] = {
 }
 
 
-def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
     words = words_of(message.payload)
+    if words[0] == b"live-update" and 0 in conn.ids:
+        answer = live_update(engine, conn, message, [word.decode("utf-8", "replace") for word in words[1:-1]])
+        return None if answer is None else answer.encode() + b"\0"
     command = _COMMANDS.get(words[0])
     if 0 not in conn.ids or command is None:
         return OK
