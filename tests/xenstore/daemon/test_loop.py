@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from xenbus.xenstore.daemon.loop import DirectLoop
+import pytest
 
-DEADLINE = 10.0
+from xenbus.xenstore.daemon.loop import DirectLoop
 
 
 @contextmanager
@@ -29,8 +30,10 @@ def pairs(count: int) -> Iterator[list[tuple[socket.socket, socket.socket]]]:
 
 
 def run(main) -> None:
+    """Without a deadline of its own: a timer that waits would make the loop look up from its readers. (That
+    pytest has one for each test is enough.)"""
     with asyncio.Runner(loop_factory=DirectLoop) as runner:
-        runner.run(asyncio.wait_for(main(), DEADLINE))
+        runner.run(main())
 
 
 def test_a_reader_and_a_writer_of_one_descriptor_both_run() -> None:
@@ -108,6 +111,37 @@ def test_what_is_always_readable_holds_up_nobody_else() -> None:
             loop.remove_reader(near.fileno())
 
     run(main)
+
+
+@pytest.mark.parametrize("later", ["call_soon", "call_later", "future", "thread", "stop"])
+def test_what_a_reader_leads_to_is_done_without_another_event(later: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        with pairs(1) as [(near, far)]:
+
+            def reader() -> None:
+                loop.remove_reader(near.fileno())
+                if later == "call_soon":
+                    loop.call_soon(done.set_result, None)
+                elif later == "call_later":
+                    loop.call_later(0.001, done.set_result, None)
+                elif later == "future":
+                    done.set_result(None)
+                elif later == "thread":
+                    threading.Thread(target=loop.call_soon_threadsafe, args=(done.set_result, None)).start()
+                else:
+                    loop.stop()
+
+            loop.add_reader(near.fileno(), reader)
+            far.send(b"x")
+            await done
+
+    if later == "stop":
+        with pytest.raises(RuntimeError, match="stopped before"):
+            run(main)
+    else:
+        run(main)
 
 
 def test_the_loop_gives_back_its_descriptors() -> None:
