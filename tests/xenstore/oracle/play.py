@@ -13,16 +13,21 @@ import time
 from collections.abc import Iterable
 
 from tests.xenstore.oracle.duel import Action, Divergence, Duel, Pair
+from tests.xenstore.oracle.oxen_script import OXENSTORED, OXENSTORED_DEATHS, OxenScript
 from tests.xenstore.oracle.script import QUOTAS, Script
 
-PAIRS = {"c": Pair(quotas=QUOTAS)}
+PAIRS = {"c": Pair(quotas=QUOTAS), "o": OXENSTORED, "o-deaths": OXENSTORED_DEATHS}
+
+
+def script_of(pair: Pair) -> Script:
+    return OxenScript(pair) if pair.reference == "o" else Script(pair)
 
 
 def play(pair: Pair, seed: int, length: int) -> None:
     """One script of that many actions. Divergence."""
     choice = random.Random(seed).choice
     with Duel(pair) as duel:
-        script = Script(pair)
+        script = script_of(pair)
         for action in script.prologue():
             script.learn(action, duel.do(action))
         for _ in range(length):

@@ -39,7 +39,7 @@ _ABOVE = (b"/open", *_HOMES, b"/", b"/local", b"/tool/xenstored")
 _WRONG = (b"", b"//", b"/a/", b"a//b", b"/a b", b"@releaseDomain", b"@introduceDomain", b"@else")
 _LENGTHS = range(58, 64)
 _VALUES = (b"", b"1", b"2", b"\0\0x", *(b"v" * length for length in range(140, 190, 3)))
-_BAD_PERMS = (b"", b"x1", b"r", b"rr", b"b1x")
+BAD_PERMS = (b"", b"x1", b"r", b"rr", b"b1x")
 _TOKENS = (b"t", b"t", b"u", b"")
 _ONE_PATH = (Op.READ, Op.DIRECTORY, Op.GET_PERMS, Op.MKDIR, Op.RM)
 _OPS = [op for op in range(30) if not Op.GET_FEATURE <= op <= Op.SET_QUOTA]
@@ -212,7 +212,7 @@ class Script:
         client, transaction = self._where(choose, path)
         return Request(client, Op.WRITE, path + b"\0" + choose(_VALUES), transaction)
 
-    def _change(self, choose: Choose) -> Action:
+    def _change(self, choose: Choose) -> Request | None:
         path = self._path(choose)
         client, transaction = self._where(choose, path)
         return Request(client, choose((Op.MKDIR, Op.RM)), path + b"\0", transaction)
@@ -236,7 +236,7 @@ class Script:
         domids = (0, *GUESTS, *GUESTS, SOMEBODY, NOBODY)
         perms = [b"%c%d" % (choose(b"nrwb"), choose(domids)) for _ in range(choose((1, 1, 2, 2, 3, 4)))]
         if choose(range(12)) == 0:
-            perms[choose(range(len(perms)))] = choose(_BAD_PERMS)
+            perms[choose(range(len(perms)))] = choose(BAD_PERMS)
         elif path[:1] == b"@" and (path == b"@else" or client not in SOCKETS):
             return None  # xenstored's error is the last it met
         elif path[:1] == b"@":
@@ -277,7 +277,7 @@ class Script:
 
     # ---- domains ----
 
-    def _domain(self, choose: Choose) -> Action | None:
+    def _domain(self, choose: Choose) -> Request | None:
         op = choose((Op.IS_DOMAIN_INTRODUCED, Op.RESUME, Op.GET_DOMAIN_PATH, Op.RELEASE, Op.INTRODUCE))
         domid = choose((*DOMAINS, NOBODY))
         if op == Op.INTRODUCE:
@@ -314,7 +314,7 @@ class Script:
         """Any operation with any payload, if it does nothing that the script would have to know of."""
         op = choose(_OPS)
         parts = [
-            choose((self._path(choose), choose(_BAD_PERMS), choose((b"b1", b"T", b"1", b"t", b"\xff\x80"))))
+            choose((self._path(choose), choose(BAD_PERMS), choose((b"b1", b"T", b"1", b"t", b"\xff\x80"))))
             for _ in range(choose(range(4)))
         ]
         payload = b"\0".join(parts) + choose((b"", b"\0"))

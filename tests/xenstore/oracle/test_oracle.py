@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.support.xenstored import needs
 from tests.xenstore.oracle.duel import Action, Duel
-from tests.xenstore.oracle.play import PAIRS, play
-from tests.xenstore.oracle.script import Script
+from tests.xenstore.oracle.play import PAIRS, play, script_of
 
 C = PAIRS["c"]
 
@@ -28,7 +27,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.duel = Duel(self.pair)
-        self.script = Script(self.pair)
+        self.script = script_of(self.pair)
         self.agree = False
 
     def teardown(self) -> None:
