@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support import xenstored
 from tests.support.store_links import Listener, Store, Threaded, on_every_link
 
 from xenbus.errors import Conflict, Denied, LinkDown, NoEntry, StoreError, UsageError
@@ -346,6 +347,58 @@ def test_a_commit_ends_by_commit_or_by_abort_and_never_by_both(kinds, foreseen, 
             if conflict
             else outcomes == ["r" if kind == "rounds" else b"" for kind in kinds]
         )
+
+
+@pytest.mark.parametrize("kind", ["c", "o"])
+def test_other_daemons_commit_or_leave_no_trace(kind: str, tmp_path_factory) -> None:
+    if why := xenstored.missing(kind):
+        pytest.skip(why)
+    with (
+        xenstored.start(kind, tmp_path_factory.mktemp("d")) as daemon,
+        SyncClient.connect(daemon.socket, timeout=10) as client,
+    ):
+        writes: list[list[bytes]] = []
+        send = client._pipe.send
+
+        def counted(messages: Any, timeout: float) -> None:
+            writes.append(list(messages))
+            send(messages, timeout)
+
+        client._pipe.send = counted  # type: ignore[method-assign]
+        for n in range(5):
+            batch = client.batch()
+            batch.write("/c/a", str(n))
+            batch.write("/c/b", str(n))
+            seen = batch.read("/c/a")
+            batch.commit()
+            assert seen.result() == str(n).encode()
+        assert [len(write) for write in writes] == [4, 1] * 5  # foreseen from the first one on
+        batch = client.batch()
+        batch.write("/c/a", "half")
+        batch.read("/c/none")
+        batch.write("/c/b", "half")
+        with pytest.raises(NoEntry):
+            batch.commit()
+        client.read("/")
+        assert set(client.counts().values()) == {0}
+        assert client.dump("/c") == {"/c": b"", "/c/a": b"4", "/c/b": b"4"}
+
+        meddled = 0
+
+        def meddle(messages: Any, timeout: float) -> None:
+            nonlocal meddled
+            if "TRANSACTION_END" in ops(messages) and not meddled:
+                meddled = 1
+                daemon.toolstack.write("/c/a", "theirs")
+            send(messages, timeout)
+
+        client._pipe.send = meddle  # type: ignore[method-assign]
+        batch = client.batch()
+        seen = batch.read("/c/a")
+        batch.write("/c/a", "mine")
+        batch.commit()
+        assert meddled and seen.result() == b"theirs"
+        assert client.read("/c/a") == b"mine"
 
 
 # ---- trees ----

@@ -416,3 +416,15 @@ def test_an_empty_listing() -> None:
     listing = Listing()
     assert listing.add(("5", b"\0"))
     assert listing.names() == []
+
+
+def test_what_is_lost_or_late_is_named_with_its_transaction() -> None:
+    session = make()
+    late, lost = ask(session, "/a", tx_id=7, deadline=1.0), ask(session, "/b", Op.WRITE, tx_id=7)
+    session.expire(2.0)
+    session.drop_all(LinkDown("gone"))
+    assert (
+        str(late.value)
+        == "waited 1 s for the reply to READ /a in transaction 7; the store owed the next move"
+    )
+    assert str(lost.value) == "WRITE /b in transaction 7: gone"

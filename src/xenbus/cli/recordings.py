@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xenbus.cli.context import STORE_VARIABLE, emit, emit_line, json_option
+from xenbus.cli.context import DIR_VARIABLE, STORE_VARIABLE, emit, emit_line, json_option
 from xenbus.cli.exits import Exit
 from xenbus.cli.values import escaped, jsonable
 from xenbus.errors import LinkDown, UsageError
@@ -89,6 +89,7 @@ async def _run(command: tuple[str, ...], listen: Path) -> int:
     import asyncio
 
     environment = os.environ | {"XENSTORED_PATH": str(listen), STORE_VARIABLE: str(listen)}
+    environment.pop(DIR_VARIABLE, None)  # by which our own commands would pass the recorder by
     if listen.name == "socket":
         environment["XENSTORED_RUNDIR"] = str(listen.parent)
     try:
@@ -272,8 +273,9 @@ def add_to(group: click.Group, target_address: Callable[[Any], Any]) -> None:
     ) -> None:
         """Record to FILE what programs and the store say to each other: COMMAND's, or theirs who connect.
 
-        COMMAND is run with XENSTORED_PATH and XENSTORED_RUNDIR such that Xen's library finds the recorder;
-        its exit code is ours. FILE (mode 0600) is a line of JSON a message, and holds what the store held.
+        COMMAND is run with XENSTORED_PATH, XENSTORED_RUNDIR and XENBUS_STORE (without XENBUS_DIR) such that
+        Xen's library, and ours, find the recorder; its exit code is ours. FILE (mode 0600) is a line of JSON
+        a message, and holds what the store held.
 
         \b
         Example:

@@ -155,12 +155,12 @@ class Session:
     def submit(self, call: Call[Any], waiter: Waiter, deadline: float, timeout: float) -> None:
         """A request: sent now (into `out`) or in its turn. `deadline` is a time in the owner's clock,
         `timeout` the seconds it stands for. On a dead session the waiter fails at once."""
+        pending = Pending(call, call.tx_id, waiter, deadline, timeout)
         if self.dead is not None:
-            waiter.set_exception(self._down(call))
+            waiter.set_exception(self._down(pending))
             return
         if call.op == _END:
             self.transactions.discard(call.tx_id)
-        pending = Pending(call, call.tx_id, waiter, deadline, timeout)
         if len(self._sent) < self.limit and not self._queue:
             self._emit(pending)
         else:
@@ -336,7 +336,7 @@ class Session:
             if pending.deadline > now:
                 earliest = min(earliest, pending.deadline)
                 continue
-            what = f"the reply to {op_name(pending.call.op)} {pending.call.path}".rstrip()
+            what = f"the reply to {_named(pending)}"
             pending.waiter.set_exception(DeadlineError(what, self.peer, pending.timeout))
         if self._queue:
             # A store that hangs for good must not make us keep what everybody gave up.
@@ -359,7 +359,7 @@ class Session:
             self.watches.clear()
         for pending in waiting:
             if not pending.waiter.done():
-                pending.waiter.set_exception(self._down(pending.call))
+                pending.waiter.set_exception(self._down(pending))
 
     def successor(self, peer: str, limit: int) -> Session:
         """A session for the next connection: the same watches, which are to be set again, and no token
@@ -383,8 +383,8 @@ class Session:
         log.error("after reconnecting: %s", error)
         return token
 
-    def _down(self, call: Call[Any]) -> LinkDown:
-        error = LinkDown(f"{op_name(call.op)} {call.path}: {self.dead}")
+    def _down(self, pending: Pending) -> LinkDown:
+        error = LinkDown(f"{_named(pending)}: {self.dead}")
         error.__cause__ = self.dead
         return error
 
@@ -398,6 +398,12 @@ class Session:
             "waiters": sum(not pending.waiter.done() for pending in everything),
             "unanswered": len(everything),
         }
+
+
+def _named(pending: Pending) -> str:
+    """A request, for people: operation, path, transaction."""
+    name = f"{op_name(pending.call.op)} {pending.call.path}".rstrip()
+    return f"{name} in transaction {pending.tx_id}" if pending.tx_id else name
 
 
 def _wanted(pending: Pending) -> bool:
