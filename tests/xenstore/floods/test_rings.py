@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 
 import pytest
@@ -10,7 +12,9 @@ from tests.support.raw_store import until
 from tests.support.store_fuzz_live import Bystander, no_tracebacks
 from tests.support.store_host import REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD, Host, RawGuest, host
 
-from xenbus.xenstore.wire import Op, encode
+from xenbus.xenstore.daemon.session import PORTION
+from xenbus.xenstore.transport.unix import UnixTransport
+from xenbus.xenstore.wire import Op, Parser, encode
 
 # Seconds that a round of somebody else's work (nine requests) may take on a busy machine.
 PATIENCE = 2.0
@@ -92,6 +96,49 @@ def test_ten_guests_that_never_stop_asking(message: bytes, reads: bool) -> None:
                     one.machine.kill(domid)
                 await until(lambda: len(one.daemon._guests) == 1)
                 await good.work()
+                await client.close()
+
+    asyncio.run(run())
+
+
+def test_a_guest_cannot_fill_the_queue_of_a_watcher_that_stopped() -> None:
+    """Its requests are outstanding until their events were taken: it waits, and nobody else does."""
+
+    async def run() -> None:
+        with no_tracebacks():
+            async with host() as one:
+                client = await one.guest(6)
+                good, dom0 = (
+                    await Bystander.ready(client, "data"),
+                    await Bystander.ready(one.dom0, "/bystander"),
+                )
+                near, far = socket.socketpair()
+                near.setblocking(False)
+                watcher = one.daemon.open_session(0, UnixTransport(far, "a watcher"))
+                watcher.start()
+                near.send(encode(Op.WATCH, 1, 0, b"/local/domain/10\0" + b"t" * 3000 + b"\0"))
+                await until(lambda: watcher.conn.watches)
+                flood = b"".join(encode(Op.WRITE, 1, 0, b"n%d\0" % n) for n in range(400))
+                await Greedy.begin(one, 10, flood, reads=True)
+                (conn,) = one.daemon.engine.domain(10).connections
+                await until(lambda: not conn.may_send)
+                for _ in range(10):
+                    await good.work()
+                    await dom0.work()
+                    assert not conn.may_send
+                # No more than what its outstanding requests caused, and a portion on its way.
+                assert watcher.conn.queued <= (conn.domain.quotas.outstanding + 1) * 3100
+                assert watcher.transport.backlog <= PORTION + 3100
+                # And once the watcher reads, the guest goes on: more events come than were waiting.
+                parser, heard = Parser(), 0
+                async with asyncio.timeout(10):
+                    while heard < 500:
+                        with contextlib.suppress(BlockingIOError):
+                            heard += len(parser.feed(near.recv(65536)))
+                        await asyncio.sleep(0)
+                near.close()
+                one.machine.kill(10)
+                await until(lambda: len(one.daemon._guests) == 1)
                 await client.close()
 
     asyncio.run(run())

@@ -42,7 +42,7 @@ class Host(Protocol):
 
     def ended(self, session: Session, exc: Exception | None) -> None: ...
     def relieved(self) -> None:
-        """Events were dropped: whoever waited for them to be taken may go on."""
+        """Events were taken or dropped: whoever waited for that may go on."""
         ...
 
     def serve_held(self, session: Session, message: Message) -> None:
@@ -180,6 +180,8 @@ class Session:
 
     def drained(self) -> None:
         self.pump()
+        # Whoever caused the events that went now may ask again.
+        self.host.relieved()
         self._work()
 
     def reset(self) -> None:
