@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from tests.support.store_links import Store
 from tests.support.until import until
 
 from xenbus.errors import LinkDown, StoreError, UsageError
+from xenbus.xenstore import calls
 from xenbus.xenstore.client import Client
+from xenbus.xenstore.image import Change
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.memory import memory_pair
@@ -28,7 +31,8 @@ KINDS = ["ours", pytest.param("c", marks=xenstored.needs("c")), pytest.param("o"
 
 
 class Mortal:
-    """A daemon as a process, killed with SIGKILL and started anew; `address` leads to the living one."""
+    """A daemon that dies and is started anew; `address` leads to the living one. A process, which is killed
+    with SIGKILL; where its death is not what is tested, ours in a thread ("thread")."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
@@ -50,8 +54,8 @@ class Mortal:
             with os.fdopen(reading, "rb") as ready:
                 assert ready.read() == b"ready\n"
         else:
-            self.daemon = xenstored.start(self.kind, place)
-            self.process, socket = self.daemon.process, self.daemon.socket
+            self.daemon = xenstored.start("ours" if self.kind == "thread" else self.kind, place)
+            self.process, socket = getattr(self.daemon, "process", None), self.daemon.socket
         link = self.folder / "new"
         link.symlink_to(socket)
         link.rename(self.address)
@@ -167,6 +171,72 @@ def test_a_blocking_caller_finds_it_again(mortal: Mortal) -> None:
         assert set(client.counts().values()) == {0}
         done.set()
         killer.join()
+
+
+@pytest.mark.parametrize("mortal", ["thread"], indirect=True)
+def test_whatever_the_first_call_is_it_connects_again(mortal: Mortal) -> None:
+    with (
+        SyncClient.connect(mortal.address, timeout=10, reconnect=SOON) as client,
+        client.mirror("/m") as mirror,
+    ):
+
+        def again() -> None:
+            mortal.kill()
+            mortal.start()
+            with pytest.raises(LinkDown):
+                client.read("/")  # finds out
+            assert not client.connected
+
+        again()
+        watch = client.watch("/w")
+        assert client.poll_watch(5) == (watch, "/w")
+        again()
+        batch = client.batch()
+        batch.write("/m/a", "1")
+        batch.commit()
+        assert mirror.synced() == [Change("/m", b""), Change("/m/a", b"1")]
+        again()
+        assert [change.gone for change in mirror.update(5)] == [True, True]
+        assert dict(mirror) == {}
+        again()
+        assert client.wait_for("/", lambda value: value == b"", 5) == b""
+        again()
+        reply = client.submit(calls.write("/w", "1"))
+        while not reply.done:
+            client.process()
+        assert reply.result() is None
+        assert client.transaction(lambda tx: tx.read("/w")) == b"1"
+
+        calls_made = 0
+
+        def lose(tx: Any) -> None:
+            nonlocal calls_made
+            calls_made += 1
+            mortal.kill()
+            mortal.start()
+            try:
+                tx.read("/w")
+            except LinkDown:
+                client.read("/")  # stands again; the transaction does not
+            tx.read("/w")
+
+        with pytest.raises(LinkDown, match="was lost with its connection"):
+            client.transaction(lose)
+        assert calls_made == 1
+        while client.poll_watch(0) is not None:
+            pass
+        mortal.kill()
+        with pytest.raises(LinkDown):
+            client.read("/")
+        assert not client.closed
+        began = time.monotonic()
+        with pytest.raises(LinkDown, match="not there again yet"):
+            client.poll_watch(0.05)
+        assert time.monotonic() - began < 5
+        mortal.start()
+        assert mirror.synced() == []
+        watch.close()
+    assert client.closed and set(client.counts().values()) == {0}
 
 
 def test_a_store_that_stays_away_is_given_up() -> None:

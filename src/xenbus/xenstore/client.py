@@ -185,9 +185,10 @@ class Client(Link, Nodes):
         StoreError E2BIG past `max_watches`, or the domain's own quota of watches.
         """
         session = self._session
-        call = calls.watch(path, session.new_token(), depth)
+        token = session.new_token()
+        call = calls.watch(path, token, depth)
         session.check_budget(call.path)
-        record = Watch(self, call.path, session._last_token, callback, depth)
+        record = Watch(self, call.path, token, callback, depth)
         if session.dead is None:
             session.watches[record.token] = record
         try:

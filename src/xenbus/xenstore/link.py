@@ -191,8 +191,8 @@ class Link(Asker):
     async def _restore(self, policy: Reconnect) -> None:
         try:
             lost = await self._try_again(policy)
-        except Exception as exc:
-            lost = LinkDown(f"{self.peer}: {exc}")
+        except BaseException as exc:  # a bug, or the loop's end: those who wait hear of it all the same
+            lost = LinkDown(f"{self.peer}: reconnecting was ended by {exc!r}")
             raise
         finally:
             self._restoring = None

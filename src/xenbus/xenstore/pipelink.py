@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from random import random
 from typing import Any, TypeVar
 
@@ -145,12 +146,18 @@ class PipeLink(Asker):
 
     # ---- reconnecting ----
 
-    def _restore(self) -> None:
-        """The link stands again after this; LinkDown if that took longer than a request may."""
+    def _ready(self) -> None:
+        """Before anything that has to be of one connection."""
+        if self._session.dead is not None:
+            self._restore()
+
+    def _restore(self, until: float = inf) -> None:
+        """The link stands again after this; LinkDown if it does not by `until`, or in the time that a request
+        may take."""
         policy = self._policy
         if policy is None or self._restoring:
             return
-        until = time.monotonic() + self.timeout
+        until = min(until, time.monotonic() + self.timeout)
         why: Exception | None = self._session.dead
         self._restoring = True
         try:
@@ -197,11 +204,9 @@ class PipeLink(Asker):
     def _submit(self, call: Call[Any]) -> Slot:
         slot = Slot()
         timeout = self.timeout
-        session = self._session
-        if session.dead is not None:
+        if self._session.dead is not None:
             self._restore()
-            session = self._session
-        session.submit(call, slot, time.monotonic() + timeout, timeout)
+        self._session.submit(call, slot, time.monotonic() + timeout, timeout)
         return slot
 
     def _wait(self, slot: Slot) -> bytes:
@@ -234,14 +239,14 @@ class PipeLink(Asker):
 
     def _drive(self, program: Program[T], submit: Submit | None = None) -> T:
         """Asks what `program` asks, round by round, of one connection. Its result."""
+        self._ready()
+        session = self._session
         try:
             asked = next(program)
-            if self._session.dead is not None:
-                self._restore()
-            session = self._session
             while True:
-                if self._session is not session:
-                    raise LinkDown(f"{self.peer}: the connection was lost meanwhile")
+                if self._policy is not None and session.dead is not None:
+                    # The next request would connect again, and be asked of another connection.
+                    raise LinkDown(f"{self.peer}: {session.dead}") from session.dead
                 asked = program.send(self._round(asked, submit or self._submit))
         except StopIteration as end:
             result: T = end.value
@@ -331,8 +336,7 @@ class PipeLink(Asker):
         """`call` (of calls.py) is sent by the next `process`, or by any call that waits; then the reply is
         settled and `callback(reply)` called. Each has `timeout` seconds."""
         reply: Reply[T] = Reply()
-        if self._session.dead is not None:
-            self._restore()
+        self._ready()
         until = time.monotonic() + self.timeout
         self._session.submit(call, _Told(call, reply, callback), until, self.timeout)
         return reply
@@ -340,8 +344,7 @@ class PipeLink(Asker):
     def _process(self) -> float:
         """Sends and takes what can be sent and taken without waiting; what came is told. When the next
         deadline is, seconds from now (inf: none). LinkDown."""
-        if self._session.dead is not None:
-            self._restore()
+        self._ready()
         pipe, session = self._pollable(), self._session
         try:
             while session.dead is None and (data := pipe.take()) is not None:

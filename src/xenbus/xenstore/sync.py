@@ -163,12 +163,14 @@ class SyncClient(PipeLink, Nodes):
         depth: 0 the node alone, 1 its children too, ...; the store needs XENSTORE_SERVER_FEATURE_WATCHDEPTH.
         StoreError E2BIG past `max_watches`, or the domain's own quota of watches.
         """
+        self._ready()
         session = self._session
-        call = calls.watch(path, session.new_token(), depth)
+        token = session.new_token()
+        call = calls.watch(path, token, depth)
         session.check_budget(call.path)
-        record = Watch(self, call.path, session._last_token, callback, depth)
+        record = Watch(self, call.path, token, callback, depth)
         if session.dead is None:
-            session.watches[record.token] = record
+            session.watches[token] = record
         try:
             self._ask(call)
         except BaseException:
@@ -178,7 +180,8 @@ class SyncClient(PipeLink, Nodes):
         return record
 
     def poll_watch(self, timeout: float) -> tuple[Watch, Event] | None:
-        """The next event, (its watch, itself); None if none came within `timeout` seconds. LinkDown."""
+        """The next event, (its watch, itself); None if none came within `timeout` seconds. LinkDown; with
+        `reconnect`, if the store was away all that time."""
         if not self._wait_events(time.monotonic() + timeout, lambda: bool(self._events)):
             return None
         watch, event = next(iter(self._events))
@@ -192,7 +195,7 @@ class SyncClient(PipeLink, Nodes):
             if self._session.dead is not None:
                 if self.closed:
                     raise LinkDown(f"events: {self._session.dead}") from self._session.dead
-                self._restore()
+                self._restore(until)
                 continue
             self._flush()
             left = until - time.monotonic()
@@ -253,7 +256,12 @@ class SyncClient(PipeLink, Nodes):
             while True:
                 fired.clear()
                 self.timeout = max(0.001, min(usual, until - time.monotonic()))
-                value = self.get(path)
+                try:
+                    value = self.get(path)
+                except LinkDown:
+                    if self.closed:
+                        raise
+                    continue  # connected again, it is looked at again
                 if predicate(value):
                     return value
                 if not self._wait_events(until, lambda: bool(fired)):
@@ -317,6 +325,7 @@ class SyncClient(PipeLink, Nodes):
     def _commit(self, batch: Batch, attempts: int | None, policy: RetryPolicy) -> list[Any]:
         runs = Attempts(policy, attempts, time.monotonic)
         while True:
+            self._ready()
             try:
                 return self._drive(commit(self._session, batch._requests()))
             except Conflict as exc:
