@@ -1,11 +1,13 @@
 """Our store daemon as a process that may be killed: a socket, guests of a machine in a folder, a state file.
 
 `python -m tests.support.kept_store FOLDER STATE` serves FOLDER/run/socket; `KeptStore` is its parent's side.
+With `-U` after that it goes on where Debian's xenstored stopped: with FOLDER/run/state_dump.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import subprocess
 import sys
@@ -16,15 +18,24 @@ from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.daemon.update import Resumed, Updater, tried
 from xenbus.xenstore.engine import XENSTORED
+from xenbus.xenstore.state.load import read
 from xenbus.xenstore.sync import SyncClient
 
 DEADLINE = 20.0
 
 
+def of_xenstored(file: Path) -> Resumed:
+    image = read(file.read_bytes())
+    file.unlink()
+    assert image.globals is not None
+    os.close(image.globals.evtchn_fd)
+    return Resumed(image, image.globals.socket_fd, None)
+
+
 async def serve(folder: Path, state: str) -> None:
     if tried(XENSTORED):
         return
-    resumed = Resumed.take()
+    resumed = of_xenstored(folder / "run" / "state_dump") if "-U" in sys.argv else Resumed.take()
     hypervisor = FileHypervisor(folder)
     keeper = Keeper(state) if resumed is None else resumed.keeper(state)
     image = None if resumed is None else resumed.image

@@ -113,6 +113,17 @@ def _library() -> str:
     return target
 
 
+def preloaded(folder: Path) -> dict[str, str]:
+    """The environment in which a real daemon serves the machine in `folder`."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": _library(),
+        "XENBUS_MACHINE": str(folder),
+        "XENSTORED_RUNDIR": str(folder / "run"),
+        "XENSTORED_ROOTDIR": str(folder / "run"),
+    }
+
+
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -200,13 +211,7 @@ class _Process(Xenstored):
     ):
         super().__init__(folder)
         self._log = (folder / "log").open("w+")
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": _library(),
-            "XENBUS_MACHINE": str(folder),
-            "XENSTORED_RUNDIR": str(folder / "run"),
-            "XENSTORED_ROOTDIR": str(folder / "run"),
-        }
+        environment = preloaded(folder)
         if hurry:
             environment["XENBUS_MACHINE_HURRY"] = str(hurry)
         arguments = _c_arguments(folder, quotas) if kind == "c" else _o_arguments(folder, quotas, patience)

@@ -17,11 +17,12 @@ from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json
 from xenbus.cli.exits import Exit
 from xenbus.cli.recordings import add_to
 from xenbus.cli.values import escaped, jsonable, unescaped
-from xenbus.errors import DeadlineError, LinkDown, UsageError
+from xenbus.errors import DeadlineError, LinkDown, UsageError, XenbusError
 
 if TYPE_CHECKING:
     from xenbus.xenstore.sync import SyncClient, Transaction
 
+UPDATE_SECONDS = 60.0  # that a live update may take, whatever it waits for
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -338,6 +339,37 @@ def control(connect: Callable[[], SyncClient], words: tuple[str, ...]) -> None:
     with connect() as client:
         answer = client.control(*words)
     click.echo(answer, nl=not answer.endswith("\n"))
+
+
+@command.command("live-update")
+@click.argument("program", required=False, metavar="[PROGRAM]")
+@click.option("--arguments", metavar="WORDS", help="Its arguments; without it those that the daemon has.")
+@click.option(
+    "--timeout", default=60, metavar="SECONDS", show_default=True, help="Wait for transactions so long,"
+)
+@click.option("--force", is_flag=True, help="and drop them then, where they cannot go along.")
+@target_options
+def live_update(
+    connect: Callable[[], SyncClient], program: str | None, arguments: str | None, timeout: int, force: bool
+) -> None:
+    """Replace the daemon's program while its clients stay connected. Without PROGRAM: by the Python, and with
+    it the xenbus, that runs this command.
+
+    \b
+    Example:
+      xenbus store live-update --dir /tmp/store
+    """
+    import sys
+
+    steps = [["-f", program or sys.executable], ["-s", "-t", str(timeout), *(["-F"] if force else [])]]
+    if arguments is not None:
+        steps.insert(1, ["-c", arguments])
+    with connect() as client:
+        client.timeout = timeout + UPDATE_SECONDS
+        for words in steps:
+            answer = client.control("live-update", *words)
+            if answer != "OK":
+                raise XenbusError(f"the daemon goes on as it is: {answer}")
 
 
 @command.command("serve")

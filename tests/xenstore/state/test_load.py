@@ -224,7 +224,7 @@ def node(path: bytes, conn: int = 0, tx: int = 0, perms: Any = ROOT, **more: Any
         ([ConnectionData(1, Socket(3))] + [WatchData(1, b"/a", b"t")] * 2, "record 2 .*is there already"),
         ([ConnectionData(1, Socket(3))] * 2, "connection 1 was there already"),
         ([ConnectionData(1, Ring(5, None, 1)), ConnectionData(2, Ring(5, None, 1))], "has a ring already"),
-        ([ConnectionData(1, Ring(0, None, 1))], "domain 0"),
+        ([ConnectionData(1, Ring(0x7FF0, None, 1))], "domain 32752"),
         ([ConnectionData(1, Socket(3), b"", b"abc")], "outbound data: 3 bytes where a message belongs"),
         ([ConnectionData(1, Socket(3), b"", bytes(12) + b"\xff" * 4)], "a message of 4294967295 bytes"),
         ([TransactionData(1, 1)], "no connection 1"),

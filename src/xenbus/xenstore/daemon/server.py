@@ -363,6 +363,9 @@ class Daemon:
     async def _serve_again(self, restored: Restored, spec: Ring) -> bool:
         """False: it stays introduced, but is not served, or is dead by now."""
         domid = spec.domid
+        if not domid:
+            _log.warning("the ring of domain 0's kernel is not served here")
+            return False
         if self._hypervisor is None or not spec.evtchn:
             if self._hypervisor is not None and not self.domain_exists(domid):
                 self.domain_died(domid)

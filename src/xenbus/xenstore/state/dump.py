@@ -71,7 +71,7 @@ def dump(engine: Engine, held: Sequence[Held] = (), *, transactions: bool = True
 
 def conn_id(held: Held, at: int) -> int:
     """A ring's is its domid, so that what is said of it later finds it."""
-    return held.spec.domid if isinstance(held.spec, Ring) else SOCKETS_FROM + at
+    return held.spec.domid if isinstance(held.spec, Ring) and held.spec.domid else SOCKETS_FROM + at
 
 
 def connection(held: Held, number: int) -> ConnectionData:

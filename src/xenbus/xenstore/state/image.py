@@ -86,7 +86,8 @@ class Image:
             raise placed.error(f"connection {record.conn_id} was there already")
         spec = record.spec
         if isinstance(spec, Ring):
-            _check_domid(placed, spec.domid)
+            if spec.domid:  # xenstored has a ring of domain 0's kernel
+                _check_domid(placed, spec.domid)
             if spec.target is not None and spec.target >= DOMID_FIRST_RESERVED:
                 raise placed.error(f"domain {spec.target} as a target")
             for other in self.connections.values():
