@@ -80,6 +80,21 @@ def test_a_node_too_large_spoils_its_transaction(engine: Engine, dom0: Talk) -> 
     assert five.end(tx) == "ENOMEM"
 
 
+def test_a_node_that_could_not_be_made_brings_the_quota_to_the_end(engine: Engine, dom0: Talk) -> None:
+    five = guest(engine, dom0, 5)
+    for name in "abc":
+        five.write(name)
+    engine.domain(5).quotas.set("nodes", 3)
+    tx = five.start()
+    five.ask(Op.RM, "a", tx=tx)
+    assert five.end(tx) == "", "it makes none: no quota is looked at"
+    tx = five.start()
+    five.ask(Op.RM, "b", tx=tx)
+    assert five.error(Op.MKDIR, "d", tx=tx) == "ENOSPC"
+    engine.domain(5).quotas.set("nodes", 2)
+    assert five.end(tx) == "ENOSPC", "two are left, and that is the limit already"
+
+
 def test_rm_past_the_nodes_of_a_transaction_is_eio(engine: Engine, dom0: Talk) -> None:
     five = guest(engine, dom0, 5)
     for number in range(5):

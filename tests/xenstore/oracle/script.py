@@ -7,6 +7,7 @@ Knows what 4.17's xenstored can be asked, and what is left out since it is a kno
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from tests.xenstore.oracle.duel import Action, Connect, Fate, Pair, Request
@@ -38,6 +39,15 @@ _BASES = (b"/open", b"/open", b"/open", *_HOMES, b"")
 _ABOVE = (b"/open", *_HOMES, b"/", b"/local", b"/tool/xenstored")
 _WRONG = (b"", b"//", b"/a/", b"a//b", b"/a b", b"@releaseDomain", b"@introduceDomain", b"@else")
 _LENGTHS = range(58, 64)
+# By their names in 4.17's CONTROL.
+_LIMITS = {
+    b"nodes": (3, 5, 8, 10),
+    b"watches": (2, 4),
+    b"transactions": (1, 2, 3),
+    b"transaction-nodes": (6, 12, 20),
+    b"node-size": (100, 200),
+    b"permissions": (1, 2, 3),
+}
 _VALUES = (b"", b"1", b"2", b"\0\0x", *(b"v" * length for length in range(140, 190, 3)))
 BAD_PERMS = (b"", b"x1", b"r", b"rr", b"b1x")
 _TOKENS = (b"t", b"t", b"u", b"")
@@ -73,9 +83,11 @@ class Script:
             self._unwatch: 1,
             self._start: 3,
             self._end: 4,
+            self._transaction: 2,
             self._domain: 2,
             self._set_target: 1,
-            self._fate: 1,
+            self._quota: 1,
+            self._fate: 2,
             self._anew: 1,
             self._junk: 1,
         }
@@ -190,7 +202,9 @@ class Script:
         return choose([*choices, (names[0], 77)] if len(choices) > 5 else choices)
 
     def _path(self, choose: Choose) -> bytes:
-        kind = choose(range(12))
+        kind = choose(range(14))
+        if kind > 11:
+            return choose((b"/open/a", b"/open/a/b"))
         if kind < 7:
             return choose(_BASES) + b"/" + choose(_NAMES)
         if kind < 9:
@@ -234,7 +248,7 @@ class Script:
         path = self._path(choose)
         client, transaction = self._where(choose, path)
         domids = (0, *GUESTS, *GUESTS, SOMEBODY, NOBODY)
-        perms = [b"%c%d" % (choose(b"nrwb"), choose(domids)) for _ in range(choose((1, 1, 2, 2, 3, 4)))]
+        perms = [b"%c%d" % (choose(b"nnnrwb"), choose(domids)) for _ in range(choose((1, 1, 2, 2, 3, 4)))]
         if choose(range(12)) == 0:
             perms[choose(range(len(perms)))] = choose(BAD_PERMS)
         elif path[:1] == b"@" and (path == b"@else" or client not in SOCKETS):
@@ -275,6 +289,24 @@ class Script:
         commit = choose((b"T", b"T", b"T", b"T", b"F", b"x"))
         return Request(client, Op.TRANSACTION_END, commit + b"\0", handle)
 
+    def _transaction(self, choose: Choose) -> list[Action]:
+        """One from beginning to end, with something else in the middle of it."""
+        client = self._client(choose)
+        self._handle += 1000
+        handle = self._handle
+        actions: list[Action] = [Request(client, Op.TRANSACTION_START, b"\0", handle=handle)]
+        for _ in range(choose((2, 3, 4, 5))):
+            kind = choose((self._write, self._write, self._change, self._change, self._set_perms, self._look))
+            action = kind(choose)
+            if not isinstance(action, Request) or action.payload[:1] == b"@":
+                continue
+            if len(action.payload) < 40 or client not in SOCKETS:
+                actions.append(replace(action, client=client, transaction=handle))
+        between = choose((self._write, self._change, self._set_perms, self._look))(choose)
+        if between is not None:
+            actions.insert(choose(range(1, len(actions) + 1)), between)
+        return [*actions, Request(client, Op.TRANSACTION_END, b"T\0", handle)]
+
     # ---- domains ----
 
     def _domain(self, choose: Choose) -> Request | None:
@@ -294,10 +326,14 @@ class Script:
             return None  # xenstored would never let go of such a domain
         return Request("other", Op.SET_TARGET, b"%d\0%d\0" % (domid, target))
 
+    def _quota(self, choose: Choose) -> Action:
+        name = choose(list(_LIMITS))
+        return Request("tool", Op.CONTROL, words(b"quota", b"set", name, b"%d" % choose(_LIMITS[name])))
+
     def _fate(self, choose: Choose) -> list[Action] | None:
         domid, what = choose(DOMAINS), choose(("s", "c", "dies", "dies"))
         if domid not in self._alive:
-            return self._birth(domid)
+            return [*self._birth(domid), Request("tool", Op.INTRODUCE, b"%d\x001\x001\x00" % domid)]
         if what == "dies" and self._is_target(domid):
             return None  # a known difference
         return [Fate(domid, what)]

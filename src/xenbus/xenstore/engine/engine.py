@@ -199,7 +199,6 @@ class Engine:
             entry = tx.accessed[path]
             entry.node = node
             entry.modified = True
-            tx.created = True
             tx.count(node.perms[0][1], 1)
 
     def remove(self, tx: Transaction | None, path: bytes, node: Node) -> None:

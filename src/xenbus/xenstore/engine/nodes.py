@@ -166,6 +166,9 @@ def create(engine: Engine, conn: Connection, tx: Transaction | None, path: bytes
     while (parent := engine.lookup(tx, above)) is None:
         missing.append(above)
         above = parent_of(above)
+    if tx is not None:
+        # Whether it may or not: the quota of nodes is looked at in the end (ta_node_created).
+        tx.created = True
     perms = parent.perms
     if conn.guest:
         perms = ((perms[0][0], conn.domid), *perms[1:])

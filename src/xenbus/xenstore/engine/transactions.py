@@ -37,7 +37,7 @@ class Transaction:
     domain: its owner
     nodes: by how much each domain's node count will change
     memory: bytes held for the owner until the end
-    created: some node was; failed: END can only fail (ENOMEM)
+    created: some node was, or should have been; failed: END can only fail (ENOMEM)
     stale: something it saw is not so any more since it was loaded: END can only fail (EAGAIN)
     """
 
