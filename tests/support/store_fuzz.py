@@ -1,12 +1,14 @@
 """Bad input for the store, a case at a time: bytes in; AssertionError unless they were answered as they must.
 
 What hypothesis, the seeds and atheris share. A target is `target(data: bytes) -> None`: `wire` is a stream
-of requests to the engine, `codecs` a payload and `client` a stream for our own parsers.
+of requests to the engine, `codecs` a payload and `client` a stream for our own parsers, `state` a saved
+store, `recording` a line of what passed.
 """
 
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 
@@ -16,6 +18,10 @@ from xenbus.xenstore.calls import Call
 from xenbus.xenstore.engine import OXENSTORED, XENSTORED, Connection, Engine, Profile
 from xenbus.xenstore.session import Session as ClientSession
 from xenbus.xenstore.session import WatchRecord
+from xenbus.xenstore.state.journal import replay
+from xenbus.xenstore.state.load import load, read
+from xenbus.xenstore.state.records import StateError
+from xenbus.xenstore.transport.recording import Record
 from xenbus.xenstore.wire import CODECS, HEADER, Message, Op, Parser, ProtocolError, parse_error
 
 # oxenstored has one of its own.
@@ -159,6 +165,34 @@ def codecs(data: bytes) -> None:
             codec.parse_reply(data)
         except PeerError:
             pass
+
+
+def state(data: bytes) -> None:
+    """A saved store: StateError, or an engine that is consistent, works and lets go of its connections."""
+    for read_it in (lambda: read(data), lambda: replay(data).image):
+        try:
+            store = load(read_it(), Engine)
+        except StateError:
+            continue
+        engine = store.engine
+        assert engine.check() == []
+        Bystander(engine, Talk(engine), "/bystander", private=False).work()
+        for restored in store.connections:
+            Parser(limit=1 << 30).feed(restored.conn.take())
+            engine.disconnect(restored.conn)
+        for restored in store.connections:
+            settled(engine, restored.conn)
+
+
+def recording(data: bytes) -> None:
+    """A line of a recording: UsageError, or a message that is written as it was read."""
+    try:
+        record = Record.decode(data.decode("ascii", "replace"))
+    except UsageError:
+        return
+    assert Record.decode(record.encode()).message == record.message
+    with suppress(UsageError):  # what was too long passed all the same
+        record.message.encode()
 
 
 class _Slot:

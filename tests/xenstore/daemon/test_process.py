@@ -192,12 +192,3 @@ def test_debian_control(rundir: Path) -> None:
     assert "nodes" in xen(rundir, "xenstore-control", "quota")
     assert "quota" in xen(rundir, "xenstore-control", "help")
     xen(rundir, "xenstore-control", "check")
-
-
-@pytest.mark.slow
-def test_debian_test_xenstore(rundir: Path) -> None:
-    """Xen's own test program: reads, writes, directories, transactions with and without conflicts."""
-    out = xen(rundir, "test-xenstore", "-i", "20")
-    for name in ("read 1", "write 2000", "dir", "rm dir", "ta empty x", "ta rmw x", "ta err"):
-        assert name in out
-    xen(rundir, "test-xenstore", "-r", "2")

@@ -18,6 +18,8 @@ TARGETS = {
     "wire": ("tests.support.store_fuzz", "wire"),
     "oxenstored": ("tests.support.store_fuzz", "wire"),
     "client": ("tests.support.store_fuzz", "client"),
+    "state": ("tests.support.store_fuzz", "state"),
+    "recording": ("tests.support.store_fuzz", "recording"),
     "codecs": ("tests.support.store_fuzz", "codecs"),
     "socket": ("tests.support.store_fuzz_live", "wire"),
     "ring": ("tests.support.store_fuzz_live", "ring"),

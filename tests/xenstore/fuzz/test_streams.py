@@ -1,5 +1,8 @@
 """Random bytes, truncated and merged messages, flipped bits of recordings, wrong lengths: against the engine,
-the codecs and our own client. Every input that ever found something is in seeds/ and runs each time."""
+the codecs, our own client, and what reads saved stores and recordings.
+
+Every input that ever found something is in seeds/ and runs each time.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "oxenstored": store_fuzz.oxenstored,
     "codecs": store_fuzz.codecs,
     "client": store_fuzz.client,
+    "state": store_fuzz.state,
+    "recording": store_fuzz.recording,
 }
 SAME = {"oxenstored": "wire"}
 KEPT = [(name, path) for name in TARGETS for path in seeds(SAME.get(name, name))]
@@ -92,6 +97,18 @@ def test_requests_to_the_other_profile(data: bytes) -> None:
 @given(streams("client"))
 def test_what_a_store_may_say(data: bytes) -> None:
     store_fuzz.client(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams("state"))
+def test_saved_stores(data: bytes) -> None:
+    store_fuzz.state(data)
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams("recording") | st.text(max_size=80).map(str.encode))
+def test_recordings(data: bytes) -> None:
+    store_fuzz.recording(data)
 
 
 @settings(max_examples=200, deadline=None)

@@ -57,9 +57,11 @@ class Record:
             op = Op[entry["op"]] if not entry["op"].isdecimal() else int(entry["op"])
             payload = entry["payload"].encode("latin-1")
             message = Message(op, int(entry["req_id"]), int(entry["tx_id"]), payload)
+            if not all(0 <= number < 1 << 32 for number in (op, message.req_id, message.tx_id)):
+                raise ValueError("a number that no header holds")
             connection = int(entry.get("connection", 1))
             return cls(float(entry["seconds"]), entry["to"] == "store", message, connection)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
             raise UsageError(f"no line of a recording: {line[:80]!r} ({exc!r})") from exc
 
 
