@@ -100,6 +100,14 @@ def test_nothing_is_kept_without_a_transaction(engine: Engine, dom0: Talk) -> No
     assert engine.check() == []
 
 
+def test_nothing_is_kept_of_a_watch(engine: Engine, dom0: Talk) -> None:
+    for path in ("/a/b/c", "/a/b", "/", "/a/d", "@releaseDomain"):
+        dom0.watch(path)
+    for path in ("/a/b", "/a/b/c", "@releaseDomain", "/", "/a/d"):
+        dom0.ask(Op.UNWATCH, path, "t")
+    assert (engine.watches.by_path, engine.watches._below) == ({}, {})  # type: ignore[attr-defined]
+
+
 def test_short_transactions_beside_a_long_one_leave_nothing(engine: Engine, dom0: Talk, other: Talk) -> None:
     dom0.start()
     for number in range(100):

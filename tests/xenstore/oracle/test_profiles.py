@@ -46,6 +46,23 @@ A WATCH /d/none t -> OK, event /d/none t
 A WATCH /d/x/y/none t -> OK, event /d/x/y/none t
 A WRITE /d/x 1 -> event /d/x t, OK | OK, event /d/x t, event /d/x t
 A RM /d -> event /d/x t, event /d t, OK | OK, event /d t, event /d/none t, event /d/x t
+# order of events of what is removed
+A WATCH /d/b t -> OK, event /d/b t
+A WATCH /d/a/y t -> OK, event /d/a/y t
+A WATCH /d/a/x t -> OK, event /d/a/x t
+A WATCH /d/a t -> OK, event /d/a t
+A MKDIR /d/b -> event /d/b t, OK | OK, event /d/b t
+A MKDIR /d/a/y -> event /d/a/y t, OK | OK, event /d/a/y t, event /d/a/y t
+A RM /d/a/y -> event /d/a/y t, OK | OK, event /d/a/y t, event /d/a/y t
+A RM /d -> event /d/b t, event /d/a t, OK | OK, event /d/a t, event /d/a/x t, event /d/a/y t, event /d/b t
+# who may read it no more
+A WRITE /x 1 -> OK
+A SET_PERMS /x r0 -> OK
+1 WATCH /x t -> OK, event /x t
+A SET_PERMS /x n0 -> OK, 1: event /x t
+A WRITE /x 2 -> OK
+A SET_PERMS /x r0 -> OK, 1: event /x t
+A RM /x -> OK, 1: event /x t
 # events of a transaction
 A WATCH /a t -> OK, event /a t
 A START t -> a transaction
@@ -73,6 +90,21 @@ A@t WRITE /a 1 -> OK
 B WRITE /a 2 -> OK
 A@t END T -> EAGAIN | OK
 A READ /a -> 2 | 1
+# the same value again
+A WRITE /a 0 -> OK
+A START t -> a transaction
+A@t READ /none -> ENOENT
+A@t WRITE /a 1 -> OK
+B WRITE /a 0 -> OK
+B MKDIR /none -> OK
+A@t END T -> EAGAIN | OK
+A RM /none -> OK
+A START t -> a transaction
+A@t READ /none -> ENOENT
+A@t WRITE /a 2 -> OK
+B WRITE /a 3 -> OK
+B MKDIR /none -> OK
+A@t END T -> EAGAIN
 # siblings
 A WRITE /a 0 -> OK
 A START t -> a transaction
@@ -155,6 +187,11 @@ A MKDIR /dir/z -> OK
 A MKDIR /dir/a -> OK
 A DIRECTORY /dir -> z a | a z
 1 WATCH w*2100 t -> EINVAL | OK, event 2100 bytes t
+# introduced again
+1 WATCH x t -> OK, event x t
+A INTRODUCE 1 1 1 -> OK
+A WRITE /local/domain/1/x 1 -> OK | OK, 1: event x t
+1 READ x -> 1
 # operations
 A 20 x -> ENOSYS
 A 15 x -> ENOSYS
@@ -209,8 +246,18 @@ def test_both_profiles(kind: str, script: str, tmp_path: Path) -> None:
 
 
 # Of quotas that are soon met. A full transaction of oxenstored's does not end, but by RESET_WATCHES.
-LIMITS = {"nodes": 3, "watches": 1, "transactions": 1, "transaction-nodes": 3}
+LIMITS = {"nodes": 3, "watches": 1, "transactions": 1, "transaction-nodes": 6}
 AT_THE_LIMIT = """
+1 START t -> a transaction
+1@t WRITE a 1 -> OK
+1@t WRITE b 1 -> OK
+1@t WRITE c 1 -> OK | EQUOTA
+1@t RM b -> OK
+1@t WRITE c 1 -> OK
+1@t END T -> ENOSPC | OK
+1 RESET -> OK
+1 RM a -> OK
+1 RM c -> OK
 1 WRITE a 1 -> OK
 1 WRITE b/c/d 1 -> ENOSPC | EQUOTA
 1 READ b -> ENOENT | nothing
@@ -226,7 +273,10 @@ A WRITE /local/domain/1/d 1 -> OK
 1@t READ a -> 1
 1@t READ b -> 1
 1@t READ d -> 1
-1@t READ e -> ENOSPC | EQUOTA
+1@t READ e -> ENOENT
+1@t READ f -> ENOENT
+1@t READ g -> ENOSPC | ENOENT
+1@t READ h -> ENOSPC | EQUOTA
 1@t END F -> OK | EQUOTA
 1@t END F -> ENOENT | EQUOTA
 1 RESET -> OK

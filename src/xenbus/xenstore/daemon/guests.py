@@ -61,8 +61,11 @@ class Guests:
     def __len__(self) -> int:
         return len(self._guests)
 
-    async def introduce(self, domid: int, port: int, done: Callable[[str | None], None]) -> None:
-        """Maps the ring, binds `port`, starts a session; then calls `done`."""
+    async def introduce(
+        self, domid: int, port: int, done: Callable[[str | None], None], *, again: bool = False
+    ) -> None:
+        """Maps the ring, binds `port`, starts a session; then calls `done`. again: where a ring is served
+        already, it goes on, and only the channel is bound anew."""
         if self._hypervisor is None:
             done("ENOSYS")
             return
@@ -72,10 +75,13 @@ class Guests:
         error: str | None = None
         try:
             async with lock:
-                again = self._guests.pop(domid, None)
-                if again is not None:
-                    await self._give_back(again)
-                guest = await self._open(self._hypervisor, domid, port, fresh=again is not None)
+                before = self._guests.pop(domid, None)
+                if before is not None and again:
+                    guest = await self._rebind(self._hypervisor, before, port)
+                else:
+                    if before is not None:
+                        await self._give_back(before)
+                    guest = await self._open(self._hypervisor, domid, port, fresh=before is not None)
                 if epoch != self._epochs.get(domid, 0):
                     await self._give_back(guest)
                     error = "ENOENT"
@@ -90,8 +96,20 @@ class Guests:
         finally:
             self._forget(domid)
         done(error)
-        if error is None:
+        if error is None and guest is not before:
             guest.session.start()
+
+    async def _rebind(self, hypervisor: Hypervisor, guest: _Guest, port: int) -> _Guest:
+        domid = guest.session.conn.domid
+        try:
+            await guest.channel.close()
+            guest.channel = await hypervisor.evtchn.bind_interdomain(domid, port, guest.transport.on_event)
+        except BaseException:
+            await self._give_back(guest)
+            raise
+        guest.transport.notify_by(guest.channel.notify)
+        guest.port = port
+        return guest
 
     def _forget(self, domid: int) -> None:
         self._opening[domid] -= 1

@@ -274,6 +274,12 @@ class Daemon:
     # ---- hooks of the engine ----
 
     def introduce(self, domid: int, gfn: int, port: int, done: Callable[[str | None], None]) -> None:
+        self._introduce(domid, port, done, again=False)
+
+    def rebind(self, domid: int, port: int, done: Callable[[str | None], None]) -> None:
+        self._introduce(domid, port, done, again=True)
+
+    def _introduce(self, domid: int, port: int, done: Callable[[str | None], None], *, again: bool) -> None:
         session = self._serving
         if session is not None:
             session.busy = True
@@ -285,7 +291,7 @@ class Daemon:
                 session.busy = False
                 session.schedule()
 
-        self.spawn(self._guests.introduce(domid, port, finished), f"introduce domain {domid}")
+        self.spawn(self._guests.introduce(domid, port, finished, again=again), f"introduce domain {domid}")
 
     def release(self, domid: int) -> None:
         self._guests.release(domid)

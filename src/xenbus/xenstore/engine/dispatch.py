@@ -46,6 +46,10 @@ class Hooks(Protocol):
         `done` once: with None, or with the errno name of what went wrong."""
         ...
 
+    def rebind(self, domid: int, port: int, done: Callable[[str | None], None]) -> None:
+        """As `introduce`, of a domain whose ring is served: only its channel is bound anew."""
+        ...
+
     def release(self, domid: int) -> None:
         """The domain is no longer served: its ring and channel are given back."""
         ...

@@ -265,6 +265,10 @@ class RingTransport:
             self._kick()
             self._lost(exc)
 
+    def notify_by(self, notify: Callable[[], None]) -> None:
+        """The other end has another event channel from now on."""
+        self._notify = notify
+
     # ---- the page ----
 
     def on_event(self) -> None:

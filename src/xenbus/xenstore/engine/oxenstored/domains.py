@@ -59,6 +59,8 @@ def introduce(engine: Engine, conn: Connection, message: Message, tx: Transactio
 
     if engine.hooks is None:
         done(None)
+    elif known is not None:
+        engine.hooks.rebind(domid, port, done)
     else:
         engine.hooks.introduce(domid, gfn, port, done)
     return None
