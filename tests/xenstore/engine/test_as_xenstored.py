@@ -154,6 +154,14 @@ def test_a_domain_that_was_never_introduced_is_known_once_it_is_named(engine: En
     assert guest(engine, dom0, 7).error(Op.READ, "/x") == "EACCES"
 
 
+def test_a_guest_names_one(engine: Engine, dom0: Talk) -> None:
+    five = guest(engine, dom0, 5)
+    five.write("a")
+    five.chmod("a", "n5 b7")
+    engine.domain_died(7)
+    assert guest(engine, dom0, 7).error(Op.READ, "/local/domain/5/a") == "EACCES"
+
+
 def test_an_entry_that_is_wrong_makes_nobody_known(engine: Engine, dom0: Talk) -> None:
     dom0.write("/x")
     assert dom0.raw_error(Op.SET_PERMS, b"/x\0n7\0r\0") == "EINVAL"

@@ -136,8 +136,14 @@ def _compared(op: int, payload: bytes) -> bytes:
 def _doomed(request: Request, theirs: Answer, ours: Answer) -> bool:
     """RM within a transaction, of a tree that has lost a node outside, or below a parent that has come since:
     xenstored stumbles over it (EIO, EINVAL), ours goes on and says EAGAIN at the end. Or of too many nodes:
-    EIO, and xenstored has removed some. Known differences, in transactions that can only fail."""
-    if request.op != Op.RM or not request.transaction or theirs.op != Op.ERROR:
+    EIO, and xenstored has removed some. Or a node that was removed outside is made again: xenstored lists it
+    twice. Known differences, in transactions that can only fail."""
+    if not request.transaction:
+        return False
+    if request.op in (Op.DIRECTORY, Op.DIRECTORY_PART):
+        names = theirs.payload.split(b"\0")[:-1]
+        return len(set(names)) < len(names) - (request.op == Op.DIRECTORY_PART)
+    if request.op != Op.RM or theirs.op != Op.ERROR:
         return False
     return theirs.payload == b"EIO\0" or (theirs.payload == b"EINVAL\0" and ours.op == Op.RM)
 

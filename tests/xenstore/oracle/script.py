@@ -167,8 +167,8 @@ class Script:
             names = ask("tool", Op.DIRECTORY, path + b"\0").split(b"\0")[:-1]
             stack += [path.rstrip(b"/") + b"/" + name for name in names]
         if "counts" not in self._pair.without:
-            for domid in (*DOMAINS, NOBODY):
-                ask("tool", Op.CONTROL, b"quota\0%d\0" % domid)
+            for name in self._guests():
+                ask("tool", Op.CONTROL, words(b"quota", name[5:].encode()))
 
     def _birth(self, domid: int) -> list[Action]:
         home = b"/local/domain/%d" % domid

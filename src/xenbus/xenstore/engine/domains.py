@@ -129,10 +129,12 @@ def shutdown(engine: Engine, domid: int) -> None:
 
 
 def died(engine: Engine, domid: int) -> None:
+    if not domid:
+        return
     domain = engine.domains.pop(domid, None)
-    if domain is None or not domid:
-        if domain is not None:
-            engine.domains[0] = domain
+    if domain is None:
+        # It may be named all the same, in permissions that a guest has set.
+        forget(engine, domid)
         return
     for conn in list(domain.connections):
         engine.disconnect(conn)

@@ -393,7 +393,7 @@ class Engine:
 
     def domain_died(self, domid: int) -> None:
         """The domain is gone (or released): its connections, watches, transactions and nodes go, its entries
-        leave other nodes' lists; @releaseDomain fires if it had been introduced. Idempotent."""
+        in other lists mean nothing any more; @releaseDomain fires if it had been introduced. Idempotent."""
         self.profile.died(self, domid)
 
     def features_of(self, conn: Connection) -> int:

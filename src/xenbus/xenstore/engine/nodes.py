@@ -326,8 +326,8 @@ def _parse_perms(engine: Engine, conn: Connection, words: list[bytes]) -> Perms:
             known = engine.features_of(conn) & FEATURE_DOMID_ANY != 0
         else:
             known = engine.exists(domid)
-            if known:
-                # Counted as there from now on, so that its end is heard of (domain_alloc_permrefs).
+            if known and not conn.guest:
+                # There from now on (domain_alloc_permrefs). A guest does not get to fill the table.
                 engine.domain(domid)
         perms.append((access if known else access | IGNORED, domid))
     return tuple(perms)
