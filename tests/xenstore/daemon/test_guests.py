@@ -288,6 +288,24 @@ def test_events_that_a_guest_does_not_take_do_not_stall_who_caused_them(
     asyncio.run(run())
 
 
+def test_oxenstoreds_events_wait_until_they_are_taken() -> None:
+    async def run() -> None:
+        async with host("oxenstored") as one:
+            deaf = await one.raw_guest(5)
+            request = CODECS[Op.WATCH].request("/local/domain/5", "t" * 60)
+            deaf.put(encode(Op.WATCH, 1, 0, request))
+            await deaf.replies(2)
+            for number in range(60):
+                await one.dom0.write(f"/local/domain/5/{number}", "")
+            session = one.daemon._guests._guests[5].session
+            assert session.conn.out
+            assert session._deadline is None, "nobody counts the seconds"
+            events = await deaf.replies(60)
+            assert events[-1].payload == b"/local/domain/5/59\0" + b"t" * 60 + b"\0"
+
+    asyncio.run(run())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.binary(min_size=1, max_size=900),

@@ -59,6 +59,21 @@ def test_who_makes_transactions_fail_is_not_listened_to(begin: Start) -> None:
         assert waiting.ask("1 READ /shared/late") == "ENOENT"
 
 
+def test_only_who_did_it_is_to_blame(begin: Start) -> None:
+    probe = Probe(begin(patience=1000))
+    probe.ask("A WRITE /shared")
+    probe.ask("A SET_PERMS /shared b0")
+    for number in range(7):
+        name = f"t{number}"
+        probe.ask(f"A START {name}")
+        probe.ask(f"A@{name} READ /shared/x")
+        probe.ask(f"A@{name} WRITE /shared/y 1")
+        assert probe.ask("1 WRITE /shared/z 1") == "OK"
+        assert probe.ask(f"B WRITE /shared/x {number}") == "OK"
+        assert probe.ask("2 WRITE /shared/z 2") == "OK", "nothing that the transaction looked at"
+        assert probe.ask(f"A@{name} END T") == "EAGAIN"
+
+
 def test_credit_comes_back(begin: Start) -> None:
     probe = Probe(begin(patience=0.002))
     probe.ask("A WRITE /shared")
@@ -128,6 +143,21 @@ def test_a_guest_begins_anew(begin: Start) -> None:
     assert probe.ask("1@t WRITE x 3") == "OK"
     assert probe.ask("1@t END T") == "OK"
     assert probe.ask("A READ /local/domain/1/x") == "3"
+
+
+def test_the_last_number_of_all_is_nobody(begin: Start) -> None:
+    """OCaml's integers have 63 bits, and -1 owns what is to go."""
+    probe = Probe(begin())
+    for name, perm in (("a", "n0x7fffffffffffffff"), ("b", "n-1"), ("c", "n4611686018427387903")):
+        assert probe.ask(f"A WRITE /{name} 1") == "OK"
+        assert probe.ask(f"A SET_PERMS /{name} {perm}") == "OK"
+    assert probe.ask("A SET_PERMS /c n4611686018427387904") == "EINVAL"
+    assert probe.ask("A GET_PERMS /a") == "n9223372036854775807"
+    assert probe.ask("A GET_PERMS /b") == "n9223372036854775807"
+    assert probe.ask("A RELEASE 2") == "OK"
+    assert probe.ask("A READ /a") == "ENOENT"
+    assert probe.ask("A READ /b") == "ENOENT"
+    assert probe.ask("A GET_PERMS /c") == "n4611686018427387903"
 
 
 def test_the_root_is_nobodys_after_its_owner(begin: Start) -> None:

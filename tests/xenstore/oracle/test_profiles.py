@@ -192,6 +192,9 @@ A DIRECTORY /dir -> z a | a z
 A INTRODUCE 1 1 1 -> OK
 A WRITE /local/domain/1/x 1 -> OK | OK, 1: event x t
 1 READ x -> 1
+A INTRODUCE 1 7 1 -> OK | EINVAL
+A RELEASE 2 -> OK
+A INTRODUCE 2 7 1 -> OK
 # operations
 A 20 x -> ENOSYS
 A 15 x -> ENOSYS

@@ -101,6 +101,10 @@ class Daemon:
         if on_domain_dead is not None:
             on_domain_dead(self.domain_died)
 
+    @property
+    def drops_events(self) -> bool:
+        return self.engine.profile.drops_events
+
     # ---- who connects ----
 
     async def listen_unix(self, path: str | os.PathLike[str]) -> None:

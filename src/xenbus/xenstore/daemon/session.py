@@ -25,12 +25,15 @@ BUDGET = 256
 PORTION = 1 << 18
 # What is handed to a ring at a time, bytes: its size.
 RING_PORTION = 1024
-# After this long a guest's untaken events are dropped (xenstored's "watch-event" timeout).
+# After this long a guest's untaken events are dropped (xenstored's "watch-event" timeout), if they ever are.
 EVENT_SECONDS = 20.0
 
 
 class Host(Protocol):
-    """What a session needs of its daemon."""
+    """What a session needs of its daemon. drops_events: those not taken for `EVENT_SECONDS`."""
+
+    @property
+    def drops_events(self) -> bool: ...
 
     def serve(self, session: Session, messages: deque[Message], budget: int) -> None:
         """Give requests to the engine, in order, while the session may go on; then send what came of it."""
@@ -247,7 +250,7 @@ class Session:
             transport.send((data,))
             if transport.backlog:
                 self._handed, self._cut = data, 0
-        if conn.guest and conn.out and self._deadline is None and not self.closed:
+        if conn.guest and conn.out and self._deadline is None and self.host.drops_events and not self.closed:
             self._deadline = self._loop.call_later(EVENT_SECONDS, self._overdue, self._taken)
 
     def _overdue(self, taken: int) -> None:

@@ -55,6 +55,7 @@ class Profile:
     features:     the word that a ring page offers, and GET_FEATURE answers
     long_replies: a socket gets replies over 4096 bytes; a ring gets E2BIG, whatever this is
     accounting:   every node is counted for its owner, and its bytes are memory of its owner
+    drops_events: those that a guest has not taken for a while
     portable:     open transactions fit into the record stream (state/dump.py)
     watches:      makes the index of watches
     plant:        makes the tree that it starts with
@@ -73,6 +74,7 @@ class Profile:
     features: int
     long_replies: bool
     accounting: bool
+    drops_events: bool
     portable: bool
     watches: Callable[[], WatchIndex]
     plant: Callable[[Engine], Any]
@@ -105,6 +107,7 @@ XENSTORED = Profile(
     features=FEATURES,
     long_replies=False,
     accounting=True,
+    drops_events=True,
     portable=True,
     watches=WatchIndex,
     plant=domains.plant,
@@ -124,6 +127,7 @@ OXENSTORED = Profile(
     features=FEATURE_RECONNECTION,
     long_replies=True,
     accounting=False,
+    drops_events=False,
     portable=False,
     watches=oxenstored.WatchTrie,
     plant=oxenstored.plant,
