@@ -213,9 +213,9 @@ class Guests:
         return RingPosition(domid, *guest.transport.page.indices)
 
     async def go_on(self, restored: Restored, position: RingPosition | None) -> None:
-        """Serve a domain that another process served, its ring as it stands. HypervisorError if it cannot be
-        mapped or bound (any more). position: where the ring stood when the connection was written down, if
-        it may have moved since."""
+        """Open the ring of a domain that another process served, as it stands; `carry_on` begins to serve it.
+        HypervisorError if it cannot be mapped or bound (any more). position: where the ring stood when the
+        connection was written down, if it may have moved since."""
         data = restored.data
         assert self._hypervisor is not None and isinstance(data.spec, Ring)
         domid, port = data.spec.domid, data.spec.evtchn
@@ -235,8 +235,7 @@ class Guests:
             outbound, partial = _after(outbound, partial, (rsp_prod - position.rsp_prod) & 0xFFFF_FFFF)
             restored.conn.drop_queue()
             queue(restored.conn, outbound, partial)
-        session.go_on(data.inbound, outbound[:partial])
-        channel.notify()
+        session.prepare(data.inbound, outbound[:partial])
 
     async def park(self) -> None:
         """Rings and channels are given back as they stand; sessions keep what is under way. Before another
@@ -251,7 +250,15 @@ class Guests:
             with suppress(XenbusError, OSError):
                 await self._hypervisor.gntdev.unmap(guest.mapping)  # type: ignore[union-attr]
 
+    def carry_on(self) -> None:
+        """Serve those that `go_on` opened."""
+        for guest in self._guests.values():
+            if guest.session.held:
+                guest.session.carry_on(guest.transport)
+                guest.channel.notify()
+
     async def unpark(self) -> None:
+        """What `park` gave back is taken again."""
         for domid, guest in list(self._guests.items()):
             assert self._hypervisor is not None
             if guest.session.closed:

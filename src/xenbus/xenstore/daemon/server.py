@@ -355,6 +355,10 @@ class Daemon:
         self._restored.clear()
         if self.keeper is not None:
             self.keeper.start(self._journaled(), self._guests)
+        # Not before the file can have what they ask for.
+        self._guests.carry_on()
+        for session in [one for one in self._sessions.values() if one.held]:
+            session.carry_on(session.transport)
         self.flush()
 
     def _adopt(self, restored: Restored, fd: int) -> bool:
@@ -367,7 +371,7 @@ class Daemon:
         self._clients += 1
         session = self.open_session(0, UnixTransport(sock, "a client on the socket"), restored.conn)
         data = restored.data
-        session.go_on(data.inbound, data.outbound[: data.partial])
+        session.prepare(data.inbound, data.outbound[: data.partial])
         return True
 
     async def _serve_again(self, restored: Restored, spec: Ring) -> bool:

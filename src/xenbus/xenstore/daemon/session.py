@@ -134,26 +134,28 @@ class Session:
         """The next request is served, whether its answer can be sent or not."""
         self.host.serve_held(self, self._pending.popleft())
 
-    def go_on(self, inbound: bytes, partial: bytes) -> None:
-        """Start where another session stopped: the rest of a message goes out first, and what was read
-        comes in first."""
-        self._send_on(partial, len(partial))
-        self.start()
-        if inbound:
-            self.data_received(inbound)
-        self.pump()
+    def prepare(self, inbound: bytes, partial: bytes) -> None:
+        """Begin where another session stopped, and wait for `carry_on`: the rest of a message goes out first,
+        what was read comes in first."""
+        self._kept = partial, len(partial)
+        self._pending.extend(self.parser.feed(inbound))
 
     def _send_on(self, data: bytes, cut: int) -> None:
         self._handed, self._cut = data, cut
         if data:
             self.transport.send((data,))
 
+    @property
+    def held(self) -> bool:
+        """It waits for `carry_on`."""
+        return self._kept is not None and not self.closed
+
     def hold(self) -> None:
         """Nothing is read, served or sent until `carry_on`: the transport goes, and not the client."""
         self._kept = self.unsent
 
     def carry_on(self, transport: Transport) -> None:
-        """With a transport of the same client in the place of the one before."""
+        """Everything flows; the transport is of the same client as the one before."""
         assert self._kept is not None
         (unsent, cut), self._kept = self._kept, None
         self.transport = transport
