@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support.xenstored import Xenstored, needs, start
 
+from xenbus.cli import recordings
 from xenbus.cli.main import run
 from xenbus.errors import LinkDown, UsageError
 from xenbus.xenstore import calls, relay, rerun
@@ -351,3 +354,22 @@ def test_the_environment_of_a_recorded_program(daemon, xenbus, tmp_path, monkeyp
     show += "os.environ['XENSTORED_RUNDIR'] + '/socket')"
     assert xenbus("record", *at(daemon), tmp_path / "t", "--", *PYTHON, show)[1] == "True\n"
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+PAYLOADS = st.one_of(
+    st.binary(max_size=30),
+    st.lists(
+        st.sampled_from(["/a", "T", "F", "0", "7", "n5", "zz", "", "999999999999999999999"]), max_size=4
+    ).map(lambda words: "".join(f"{word}\0" for word in words).encode()),
+)
+MESSAGES = st.builds(Message, st.integers(0, 30), st.integers(0, 2), st.integers(0, 2), PAYLOADS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.builds(Record, st.floats(0, 9), st.booleans(), MESSAGES, st.integers(1, 2)), max_size=12))
+def test_whatever_was_recorded_is_told(records: list[Record]) -> None:
+    lines = list(explain(records))
+    assert len(lines) == len(records)
+    for line in lines:
+        assert recordings._sentence(line).isprintable()
+        json.dumps(recordings._data(line))

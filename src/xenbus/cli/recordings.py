@@ -140,14 +140,14 @@ def _what(line: Line) -> str:
         rest = [_shown(value) for name, value in line.arguments.items() if name != "path"]
         return " ".join([_subject(line), *rest])
     if line.kind == "event":
-        return f"event {line.arguments['path']} token {line.arguments['token']}"
+        return f"event {_shown(line.arguments['path'])} token {_shown(line.arguments['token'])}"
     if line.kind == "error":
-        return f"{subject}: {line.error}"
+        return f"{subject}: {_shown(line.error)}"
     return f"{subject}: {'OK' if line.result is None else _shown(line.result)}"
 
 
 def _subject(line: Line) -> str:
-    return f"{line.op} {line.arguments['path']}" if "path" in line.arguments else line.op
+    return f"{line.op} {_shown(line.arguments['path'])}" if "path" in line.arguments else line.op
 
 
 def _quoted(value: bytes) -> str:
@@ -162,8 +162,8 @@ def _shown(value: Any) -> str:
     if value == []:
         return "(none)"
     if isinstance(value, (list, tuple)):
-        return " ".join(str(one) if not isinstance(one, bytes) else _quoted(one) for one in value)
-    return str(value)
+        return " ".join(str(one) if hasattr(one, "access") else _shown(one) for one in value)
+    return escaped(str(value).encode("utf-8", "surrogateescape"))
 
 
 def _data(line: Line) -> dict[str, Any]:

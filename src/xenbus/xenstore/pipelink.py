@@ -347,11 +347,13 @@ class PipeLink(Asker):
         self._ready()
         pipe, session = self._pollable(), self._session
         try:
-            while session.dead is None and (data := pipe.take()) is not None:
+            while session.dead is None:
+                if session.out or self._rest:
+                    messages, session.out = session.out, []
+                    self._rest = pipe.offer([self._rest, *messages] if self._rest else messages)
+                if (data := pipe.take()) is None:
+                    break
                 self._taken(data)
-            if session.dead is None and (session.out or self._rest):
-                messages, session.out = session.out, []
-                self._rest = pipe.offer([self._rest, *messages] if self._rest else messages)
         except (OSError, LinkDown) as exc:
             self._down(exc)
         if session.dead is not None:
