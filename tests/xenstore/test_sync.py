@@ -82,8 +82,9 @@ def test_events_wait_and_equal_ones_are_one() -> None:
         for _ in range(3):
             client.write("/a/b", "1")
         assert seen == []
-        found = [client.poll_watch(1) for _ in range(3)]
-        assert found == [(one, "/a"), (two, "/a/b"), (one, "/a/b")]
+        found = [client.poll_watch(1) for _ in range(4)]
+        assert found == [(one, "/a"), (two, "/a/b"), (one, "/a/b"), (two, "/a/b")]
+        assert [event.first for _, event in found] == [True, True, False, False]
         assert client.poll_watch(0.01) is None
         assert seen == ["/a", "/a/b"]
         client.write("/a/b", "2")

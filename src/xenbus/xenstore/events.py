@@ -22,7 +22,8 @@ class EventStream:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._events: dict[Event, None] = {}
+        # A first event and an equal one after it are two: only the second says that something changed.
+        self._events: dict[tuple[Event, bool], None] = {}
         self._changed: asyncio.Future[None] | None = None
         self._error: Exception | None = None
 
@@ -31,10 +32,10 @@ class EventStream:
             self._events.clear()
         elif len(self._events) >= MAX_EVENTS:
             # One of them may have been the news that all is to be looked at again.
-            kind = ResyncEvent if any(waiting.resync for waiting in self._events) else Event
+            kind = ResyncEvent if any(waiting.resync for waiting, _ in self._events) else Event
             self._events.clear()
             event = kind(self._path)
-        self._events.setdefault(event)
+        self._events.setdefault((event, event.first))
         self._wake()
 
     def fail(self, exc: Exception) -> None:
@@ -60,6 +61,6 @@ class EventStream:
                 await self._changed
             finally:
                 self._changed = None
-        event = next(iter(self._events))
-        del self._events[event]
-        return event
+        key = next(iter(self._events))
+        del self._events[key]
+        return key[0]

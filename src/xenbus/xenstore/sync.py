@@ -16,7 +16,7 @@ from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.image import MIRROR_LIMIT
 from xenbus.xenstore.pipelink import PipeLink, dialer
 from xenbus.xenstore.reconnect import Reconnect
-from xenbus.xenstore.session import Event, WatchRecord
+from xenbus.xenstore.session import Event, ResyncEvent, WatchRecord
 from xenbus.xenstore.sync_mirror import SyncMirror
 from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
 from xenbus.xenstore.transport import Pipe
@@ -110,8 +110,9 @@ class SyncClient(PipeLink, Nodes):
 
     def __init__(self, pipe: Pipe, timeout: float = REQUEST_TIMEOUT, **options: Any) -> None:
         super().__init__(pipe, timeout, **options)
-        # Keys: (watch, event); a dict, for the order and so that equal events are one.
-        self._events: dict[tuple[Watch, Event], None] = {}
+        # Keys: (watch, event, whether it is the first); a dict, for the order and so that equal ones are one.
+        # A first event and an equal one after it are two: only the second says that something changed.
+        self._events: dict[tuple[Watch, Event, bool], None] = {}
 
     @classmethod
     def connect(
@@ -184,8 +185,9 @@ class SyncClient(PipeLink, Nodes):
         `reconnect`, if the store was away all that time."""
         if not self._wait_events(time.monotonic() + timeout, lambda: bool(self._events)):
             return None
-        watch, event = next(iter(self._events))
-        del self._events[watch, event]
+        key = next(iter(self._events))
+        del self._events[key]
+        watch, event, _ = key
         if watch.handler is not None:
             watch.handler(event)
         return watch, event
@@ -211,17 +213,20 @@ class SyncClient(PipeLink, Nodes):
         even if nothing came (inf: none). LinkDown; with `reconnect` the next call connects again, waiting.
         """
         left = self._process()
-        for watch, event in [key for key in self._events if key[0].handler is not None]:
-            del self._events[watch, event]
-            assert watch.handler is not None
-            watch.handler(event)
+        for key in list(self._events):
+            watch, event, _ = key
+            if watch.handler is not None and self._events.pop(key, self) is None:
+                watch.handler(event)
         return left
 
     def _put(self, watch: Watch, event: Event) -> None:
         if len(self._events) >= MAX_EVENTS:
-            self._events = {(one, Event(one.path)): None for one, _ in self._events}
+            again = {one for one, waiting, _ in self._events if waiting.resync}
+            watches = dict.fromkeys(one for one, _, _ in self._events)
+            kinds = {one: ResyncEvent if one in again else Event for one in watches}
+            self._events = {(one, kind(one.path), False): None for one, kind in kinds.items()}
             event = Event(watch.path)
-        self._events.setdefault((watch, event))
+        self._events.setdefault((watch, event, event.first))
 
     def _drop_events(self, watch: Watch) -> None:
         self._events = {key: None for key in self._events if key[0] is not watch}
