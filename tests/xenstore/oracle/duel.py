@@ -142,7 +142,7 @@ def _doomed(request: Request, theirs: Answer, ours: Answer) -> bool:
         return False
     if request.op in (Op.DIRECTORY, Op.DIRECTORY_PART):
         names = theirs.payload.split(b"\0")[:-1]
-        return len(set(names)) < len(names) - (request.op == Op.DIRECTORY_PART)
+        return len(set(names)) < len(names)
     if request.op != Op.RM or theirs.op != Op.ERROR:
         return False
     return theirs.payload == b"EIO\0" or (theirs.payload == b"EINVAL\0" and ours.op == Op.RM)
