@@ -10,6 +10,7 @@ import contextlib
 import resource
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.store_process import daemon_process, resident
 
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.engine import QUEUE_LIMIT
+from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.unix import dial
 from xenbus.xenstore.wire import Op, encode
 
@@ -306,3 +308,40 @@ def test_watches_and_transactions_without_end(flood) -> None:
         assert after["memory"] - before["memory"] < 100, "/hot alone"
 
     flood(body)
+
+
+def test_a_flood_keeps_neither_new_clients_nor_the_end_away(tmp_path: Path) -> None:
+    """Sockets that always have something to read: the loop still accepts, and hears signals."""
+    question = encode(Op.READ, 1, 0, b"/tool\0") * 100
+    answers = [0, 0, 0]
+    stop = threading.Event()
+
+    def flood(which: int) -> None:
+        with contextlib.suppress(OSError), dial(str(tmp_path / "socket")) as sock:
+            sock.settimeout(10)
+            sock.sendall(question)
+            while not stop.is_set() and (data := sock.recv(65536)):
+                answers[which] += len(data)
+                sock.sendall(question[: len(data) // 16 * 22])
+
+    with daemon_process(tmp_path):
+        threads = [threading.Thread(target=flood, args=(which,)) for which in range(len(answers))]
+        for thread in threads:
+            thread.start()
+        try:
+            end = time.monotonic() + 10
+            while min(answers) < 100_000:
+                assert time.monotonic() < end, answers
+                time.sleep(0.01)
+            began = time.monotonic()
+            with SyncClient.connect(tmp_path / "socket", timeout=10) as client:
+                client.write("/new", "1")
+                assert client.read("/new") == b"1"
+            assert time.monotonic() - began < PATIENCE
+            # The block's end sends SIGTERM, which has to be obeyed while the flood goes on.
+        except BaseException:
+            stop.set()
+            raise
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
