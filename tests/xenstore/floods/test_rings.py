@@ -13,6 +13,7 @@ from tests.support.store_fuzz_live import Bystander, no_tracebacks
 from tests.support.store_host import REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD, Host, RawGuest, host
 
 from xenbus.xenstore.daemon.session import PORTION
+from xenbus.xenstore.engine import PROFILES
 from xenbus.xenstore.transport.unix import UnixTransport
 from xenbus.xenstore.wire import Op, Parser, encode
 
@@ -140,5 +141,23 @@ def test_a_guest_cannot_fill_the_queue_of_a_watcher_that_stopped() -> None:
                 one.machine.kill(10)
                 await until(lambda: len(one.daemon._guests) == 1)
                 await client.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_guest_may_name_every_domain_there_could_be(profile: str) -> None:
+    """In the entries of its nodes, four at a time: nothing is kept of those whom nobody knows."""
+
+    async def run() -> None:
+        with no_tracebacks():
+            async with host(profile) as one:
+                guest = await one.guest(5)
+                await guest.write("data", "1")
+                before = set(one.daemon.engine.domains)
+                for first in range(10, 2000, 4):
+                    await guest.set_perms("data", ["n5", *(f"r{domid}" for domid in range(first, first + 4))])
+                assert set(one.daemon.engine.domains) == before
+                await guest.close()
 
     asyncio.run(run())
