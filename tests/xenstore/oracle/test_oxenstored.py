@@ -145,6 +145,20 @@ def test_a_guest_begins_anew(begin: Start) -> None:
     assert probe.ask("A READ /local/domain/1/x") == "3"
 
 
+def test_doing_it_again_takes_a_place_among_transactions(begin: Start) -> None:
+    """Who was domain 0's equal may have more open than it may now."""
+    probe = Probe(begin(quotas={"transactions": 1}))
+    assert probe.ask("A SET_TARGET 1 0") == "OK"
+    for name in "tuv":
+        assert probe.ask(f"1 START {name}") == "a transaction"
+        assert probe.ask(f"1@{name} WRITE /{name}/x 1") == "OK"
+    assert probe.ask("A WRITE /a 1") == "OK"
+    assert probe.ask("A SET_TARGET 1 2") == "OK"
+    assert probe.ask("1@t END T") == "EQUOTA"
+    assert probe.ask("1@t END T") == "EIO"
+    assert probe.ask("1@u END T") == "EAGAIN"
+
+
 def test_the_last_number_of_all_is_nobody(begin: Start) -> None:
     """OCaml's integers have 63 bits, and -1 owns what is to go."""
     probe = Probe(begin())

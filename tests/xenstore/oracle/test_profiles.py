@@ -105,6 +105,12 @@ A@t WRITE /a 2 -> OK
 B WRITE /a 3 -> OK
 B MKDIR /none -> OK
 A@t END T -> EAGAIN
+# the same value again, of the root
+A START t -> a transaction
+A@t END x -> EINVAL
+A@t WRITE /a 1 -> OK
+B WRITE / -> OK
+A@t END T -> EAGAIN | OK
 # siblings
 A WRITE /a 0 -> OK
 A START t -> a transaction

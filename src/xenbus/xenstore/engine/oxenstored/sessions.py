@@ -70,7 +70,10 @@ def reset_watches(engine: Engine, conn: Connection, message: Message, tx: Transa
 # ---- transactions ----
 
 
-def _next_id(conn: Connection) -> int:
+def _new_id(conn: Connection, others: int) -> int:
+    """EQUOTA for a guest that has too many `others` open."""
+    if 0 not in conn.ids and others > conn.domain.quotas.transactions > 0:
+        raise Fail("EQUOTA")
     tx_id = conn.next_tx
     while not 1 <= tx_id <= TX_MAX or tx_id in conn.transactions:
         tx_id = tx_id + 1 if 1 <= tx_id < TX_MAX else 1
@@ -81,13 +84,10 @@ def _next_id(conn: Connection) -> int:
 def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
     if tx is not None:
         raise Fail("EBUSY")
-    domain = conn.domain
-    if 0 not in conn.ids and len(conn.transactions) > domain.quotas.transactions > 0:
-        raise Fail("EQUOTA")
-    tx_id = _next_id(conn)
-    new = conn.transactions[tx_id] = Transaction(tx_id, domain, engine.beside)
+    tx_id = _new_id(conn, len(conn.transactions))
+    new = conn.transactions[tx_id] = Transaction(tx_id, conn.domain, engine.beside)
     new.store.conflicts.started(new)
-    domain.transactions += 1
+    conn.domain.transactions += 1
     return b"%d\0" % tx_id
 
 
@@ -113,11 +113,7 @@ def _commit(conn: Connection, tx: Transaction) -> None:
     try:
         if tx.merges:
             store.merge(tx)
-        elif any(op not in OPERATIONS for op, _, _ in tx.operations):
-            _next_id(conn)  # for doing it again, which ends at once
-            raise Fail("EAGAIN")
-        elif not _works(conn, tx, None):
-            store.conflicts.blame(tx, conn, lambda epoch: _works(conn, tx, epoch))
+        elif not _do_again(conn, tx):
             raise Fail("EAGAIN")
     except Fail:
         if before is not None:
@@ -126,23 +122,41 @@ def _commit(conn: Connection, tx: Transaction) -> None:
     store.conflicts.after(conn, before)
 
 
-def _works(conn: Connection, tx: Transaction, epoch: Epoch | None) -> bool:
-    """Do all of it again: on the tree as it is, for good; or only to see, on the one of `epoch`."""
-    trial = Transaction(_next_id(conn) if epoch is None else 0, tx.domain, tx.store, epoch)
+def _do_again(conn: Connection, tx: Transaction) -> bool:
+    """All of it on the tree as it is, as another transaction; False if anything comes to something else."""
+    again = Transaction(_new_id(conn, len(conn.transactions) - 1), tx.domain, tx.store)
     try:
-        for op, payload, answer in tx.operations:
-            now: Answer
-            try:
-                now = OPERATIONS[op](trial, conn, payload)
-            except Fail as fail:
-                now = fail.name
-            if now != answer:
-                return False
+        if any(op not in OPERATIONS for op, _, _ in tx.operations):
+            return False
+        if not _works(conn, tx, again):
+            tx.store.conflicts.blame(tx, conn, lambda epoch: _would_work(conn, tx, epoch))
+            return False
         # With nothing to tell nothing is stored, not even parents made by what failed then.
-        if epoch is None and trial.changes:
-            trial.store.merge(trial)
+        if again.changes:
+            tx.store.merge(again)
+        return True
+    finally:
+        again.release()
+
+
+def _would_work(conn: Connection, tx: Transaction, epoch: Epoch) -> bool:
+    """Whether it would have come to the same on the tree of then."""
+    trial = Transaction(0, tx.domain, tx.store, epoch)
+    try:
+        return _works(conn, tx, trial)
     finally:
         trial.release()
+
+
+def _works(conn: Connection, tx: Transaction, view: Transaction) -> bool:
+    for op, payload, answer in tx.operations:
+        now: Answer
+        try:
+            now = OPERATIONS[op](view, conn, payload)
+        except Fail as fail:
+            now = fail.name
+        if now != answer:
+            return False
     return True
 
 

@@ -70,7 +70,8 @@ class View:
     def set_value(self, path: bytes, node: Node, value: bytes) -> None:
         if value == node.value:
             # The node stays the very same; those above do not.
-            self._touch(parent_of(path))
+            if path != b"/":
+                self._touch(parent_of(path))
             return
         self._own(path, node).value = value
         self._touch(path)
