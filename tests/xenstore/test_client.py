@@ -297,6 +297,15 @@ async def test_a_shorter_deadline_set_later_holds(client: Client, served: Sessio
 # ---- cancellation ----
 
 
+async def _send(client: Client) -> None:
+    batch = client.batch()
+    batch.write("/t", "")
+    batch.directory("/")
+    await batch.send()
+    async with client.events("/t") as events:
+        await anext(events)
+
+
 @with_store
 async def test_a_cancelled_wait_leaves_nothing(client: Client, served: Session, store: Store) -> None:
     """At every moment of a watch, a transaction and a read: cancelled after any number of loop turns."""
@@ -311,6 +320,8 @@ async def test_a_cancelled_wait_leaves_nothing(client: Client, served: Session, 
             lambda: client.read("/"),
             lambda: client.gather("/", {"a": bytes, "b": bytes}, {"a": b"", "b": b""}),
             lambda: client.wait_for("/never", lambda value: False, 30),
+            lambda: client.walk("/"),
+            lambda: _send(client),
         ):
             task = asyncio.create_task(make())
             for _ in range(turns):

@@ -326,6 +326,33 @@ def test_a_mirror_is_closed_at_any_moment() -> None:
     asyncio.run(main())
 
 
+def test_relative_paths_and_the_whole_store() -> None:
+    async def main() -> None:
+        store = Store()
+        dom0, _ = await store.link("memory")
+        guest, _ = await store.link("memory", 5)
+        await dom0.mkdir("/local/domain/5")
+        await dom0.set_perms("/local/domain/5", ["n5"])
+        async with guest.mirror("device") as mine, dom0.mirror("/") as everything:
+            await guest.write("device/vbd/0/state", "1")
+            await mine.synced()
+            await everything.synced()
+            assert mine["device/vbd/0/state"] == b"1" and mine.directory("device") == ["vbd"]
+            assert everything["/local/domain/5/device/vbd/0/state"] == b"1"
+            assert dict(everything) == await dom0.dump("/")
+            await guest.rm("device/vbd")
+            await mine.synced()
+            assert dict(mine) == {"device": b""}
+            await dom0.rm("/local/domain/5/device")
+            await mine.synced()
+            assert len(mine) == 0
+        await guest.close()
+        await dom0.close()
+        await store.close()
+
+    asyncio.run(main())
+
+
 # ---- its bounds ----
 
 

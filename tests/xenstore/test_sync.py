@@ -245,6 +245,39 @@ def test_an_interrupt_leaves_the_session_right() -> None:
         assert kinds == [(Op.UNWATCH, 0), (Op.TRANSACTION_END, 4)]
 
 
+def test_an_interrupted_commit_leaves_no_transaction() -> None:
+    with served() as (client, run):
+        receive = client._pipe.receive
+        for moment in range(4):
+            left = moment
+
+            def interrupted(timeout: float) -> bytes:
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    raise KeyboardInterrupt
+                return receive(timeout)
+
+            client._pipe.receive = interrupted
+            batch = client.batch()
+            batch.write("/a", str(moment))
+            batch.directory("/")
+            try:
+                batch.commit()
+                done = True
+            except KeyboardInterrupt:
+                done = False
+            client._pipe.receive = receive
+            assert done == (moment >= 2)
+            client.read("/")  # hears of what is late, and undoes it
+            client.read("/")
+            assert set(client.counts().values()) == {0}
+            open_ = run(
+                lambda store: sum(len(conn.transactions) for conn in store.engine.domain(0).connections)
+            )
+            assert open_ == 0
+
+
 def _answer_all(far: socket.socket, seen: list[Message]) -> None:
     parser = Parser()
     while data := far.recv(65536):
