@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,9 +24,15 @@ XENBUS = [sys.executable, "-m", "xenbus.cli.main"]
 @pytest.fixture(scope="module")
 def served():
     """The directory of a store that is served alone."""
+    with serving() as place:
+        yield place
+
+
+@contextlib.contextmanager
+def serving(*options):
     with tempfile.TemporaryDirectory(prefix="xenbus-cli-") as top:
         place = Path(top) / "new"
-        command = [*XENBUS, "store", "serve", "--dir", str(place)]
+        command = [*XENBUS, "store", "serve", "--dir", str(place), *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             try:
                 assert process.stdout.readline() == b"ready\n"
@@ -195,6 +202,19 @@ def test_nobody_there_is_six(capsys, tmp_path):
     for words in (["--dir", str(tmp_path)], ["--socket", str(tmp_path / "s")]):
         assert run(["store", "ls", *words]) == 6
         assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_store_like_oxenstored(capsys):
+    with serving("--profile", "oxenstored", "--quota", "quota-maxsize=20") as place:
+        assert run(["store", "ls", "--dir", str(place), "/tool"]) == 0
+        assert capsys.readouterr().out == 'xenstored = "oxenstored"\n'
+        assert run(["store", "write", "--dir", str(place), "/a", "x" * 21]) != 0
+        assert "E2BIG" in capsys.readouterr().err
+
+
+def test_a_profile_that_is_not_there(tmp_path, capsys):
+    assert run(["store", "serve", "--dir", str(tmp_path), "--profile", "oxen"]) == 2
+    assert "no profile 'oxen'; there are xenstored, oxenstored" in capsys.readouterr().err
 
 
 def test_a_second_server_of_a_directory_is_refused(served):
