@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.support.xenstored import needs
-from tests.xenstore.oracle.duel import Action, Duel
-from tests.xenstore.oracle.play import PAIRS, play, script_of
+from tests.xenstore.oracle.duel import Action, Divergence, Duel
+from tests.xenstore.oracle.play import PAIRS, play, replay, script_of, shorten
+
+from xenbus.xenstore.engine import sessions
 
 C = PAIRS["c"]
 
@@ -72,6 +74,20 @@ def test_whatever_is_done_both_say_the_same(derandomize: bool) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_script(seed: int) -> None:
     play(C, seed, 150)
+
+
+@needs("c")
+@pytest.mark.slow
+def test_what_is_broken_is_found_and_made_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No transaction of ours conflicts any more."""
+    monkeypatch.setattr(sessions, "_check", lambda engine, conn, tx: None)
+    with pytest.raises(Divergence) as found:
+        for seed in range(50):
+            play(C, seed, 150)
+    actions = list(found.value.actions)
+    short = shorten(C, actions, seconds=3)
+    assert len(short) < len(actions)
+    assert replay(C, short) is not None
 
 
 @needs("c")
