@@ -358,14 +358,23 @@ struct evtchn {
     int fd;
 };
 
-void *xenevtchn_fdopen(void *logger, int fd, unsigned int flags)
+/* Of a daemon before this one (live update): what that had bound is bound still. */
+static int inherited;
+
+static struct evtchn *events_of(int fd)
 {
     struct evtchn *xce = malloc(sizeof(*xce));
 
-    (void)logger, (void)flags;
     if (xce)
         xce->fd = fd;
     return xce;
+}
+
+void *xenevtchn_fdopen(void *logger, int fd, unsigned int flags)
+{
+    (void)logger, (void)flags;
+    inherited = 1;
+    return events_of(fd);
 }
 
 void *xenevtchn_open(void *logger, unsigned int flags)
@@ -373,7 +382,8 @@ void *xenevtchn_open(void *logger, unsigned int flags)
     char path[PATH_MAX];
     int fd = REAL(open)(place(path, "evtchn"), O_RDWR);
 
-    return fd < 0 ? NULL : xenevtchn_fdopen(logger, fd, flags);
+    (void)logger, (void)flags;
+    return fd < 0 ? NULL : events_of(fd);
 }
 
 int xenevtchn_close(struct evtchn *xce)
@@ -430,6 +440,8 @@ int xenevtchn_notify(struct evtchn *xce, uint32_t port)
     uint32_t domid = port - PORT_BASE;
 
     (void)xce;
+    if (inherited && domid < DOMAINS && !kicks[domid])
+        kicks[domid] = open_in_machine(O_RDWR | O_NONBLOCK, "%u/kick", domid) + 1;
     if (domid >= DOMAINS || !kicks[domid]) {
         errno = EINVAL;
         return -1;
