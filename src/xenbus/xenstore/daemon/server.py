@@ -380,9 +380,10 @@ class Daemon:
         if not domid:
             _log.warning("the ring of domain 0's kernel is not served here")
             return False
+        if self._hypervisor is not None and not self.domain_exists(domid):
+            self.domain_died(domid)
+            return False
         if self._hypervisor is None or not spec.evtchn:
-            if self._hypervisor is not None and not self.domain_exists(domid):
-                self.domain_died(domid)
             return False
         position = self._positions.get(domid)
         try:
@@ -390,7 +391,7 @@ class Daemon:
         except (XenbusError, OSError) as exc:
             gone = isinstance(exc, HypervisorError) and exc.name == "ENOENT"
             _log.warning("domain %d is %s: %s", domid, "gone" if gone else "not served any more", exc)
-            if gone or not self.domain_exists(domid):
+            if gone:
                 self.domain_died(domid)
             return False
         if position is not None:
