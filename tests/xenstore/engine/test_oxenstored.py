@@ -10,6 +10,9 @@ from tests.support.engine_talk import Talk, guest
 
 from xenbus.errors import UsageError
 from xenbus.xenstore.engine import OXENSTORED, Engine, Hooks, profile_of
+from xenbus.xenstore.state.dump import dump
+from xenbus.xenstore.state.load import load, read
+from xenbus.xenstore.state.records import Writer
 from xenbus.xenstore.wire import Op
 
 
@@ -141,6 +144,20 @@ def test_quotas_go_by_their_own_names_too() -> None:
         OXENSTORED.parse_quotas(["maxentity=5"])
     with pytest.raises(UsageError, match="no profile 'oxen'; there are xenstored, oxenstored"):
         profile_of("oxen")
+
+
+def test_domains_have_numbers_that_a_record_has_room_for(engine: Engine, dom0: Talk) -> None:
+    """Oxenstored takes any: what is kept in a file does not."""
+    one = guest(engine, dom0, 1)
+    one.write("x")
+    for entries in (b"n1\0r70000\0", b"n1\0r65535\0", b"n1\0r-2\0", b"n1\0r0x7000000000000000\0"):
+        assert one.raw_error(Op.SET_PERMS, b"x\0" + entries) == "EINVAL"
+    assert one.raw_error(Op.SET_PERMS, b"x\0n1\0r-1\0") == ""
+    assert one.raw(Op.GET_PERMS, b"x\0")[0].payload == b"n1\0r9223372036854775807\0"
+    assert dom0.raw_error(Op.SET_TARGET, b"1\070000\0") == "EINVAL"
+    stream = b"".join(Writer().stream(dump(engine)))
+    again = load(read(stream), lambda: Engine(profile=OXENSTORED)).engine
+    assert Talk(again).raw(Op.GET_PERMS, b"/local/domain/1/x\0")[0].payload == b"n1\0r9223372036854775807\0"
 
 
 class Ticks:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored import events
-from xenbus.xenstore.engine.oxenstored.parsing import first_digits, number, ocaml_number, words_of
+from xenbus.xenstore.engine.oxenstored.parsing import NOBODY, first_digits, number, ocaml_number, words_of
 from xenbus.xenstore.engine.oxenstored.views import Store, Transaction
 from xenbus.xenstore.wire import OK, Message, Op
 
@@ -22,8 +22,6 @@ INTRODUCE_DOMAIN = b"@introduceDomain"
 RELEASE_DOMAIN = b"@releaseDomain"
 DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
-# The root cannot go: it belongs to nobody then.
-NOBODY = -1
 
 
 def _need_dom0(conn: Connection) -> None:
@@ -127,6 +125,7 @@ def bury(engine: Engine, domid: int) -> None:
     for path, node in list(engine.nodes.items()):
         first, *others = node.perms
         if path == b"/" and first[1] == domid:
+            # It cannot go.
             store.set_perms(path, node, ((first[0], NOBODY), *others))
         elif path != b"/" and first[1] in (domid, NOBODY):
             owned.append(path)
@@ -165,6 +164,8 @@ def set_target(engine: Engine, conn: Connection, message: Message, tx: Transacti
     if len(words) != 3 or words[2]:
         raise Fail("EINVAL")
     domid, target = first_digits(words[0]), first_digits(words[1])
+    if target >= NOBODY:
+        raise Fail("EINVAL")
     if not _known(engine, domid):
         raise Fail("ENOENT")
     if domid:

@@ -14,10 +14,10 @@ from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored import events
 from xenbus.xenstore.engine.oxenstored.parsing import (
     canonical,
+    domid_of,
     first_digits,
-    number,
     one_path,
-    unsigned,
+    shown,
     words_of,
 )
 from xenbus.xenstore.engine.oxenstored.views import Change, Store, Transaction, View
@@ -67,14 +67,14 @@ def directory(view: View, conn: Connection, payload: bytes) -> bytes:
 
 def get_perms(view: View, conn: Connection, payload: bytes) -> bytes:
     perms = _found(view, conn, canonical(conn, one_path(payload))).perms
-    return b"".join([b"%c%d\0" % (b"nrwb"[access], unsigned(domid)) for access, domid in perms])
+    return b"".join([b"%c%d\0" % (b"nrwb"[access], shown(domid)) for access, domid in perms])
 
 
 def get_domain_path(view: View, conn: Connection, payload: bytes) -> bytes:
     words = words_of(payload)
     if len(words) != 2 or words[1]:
         raise Fail("EINVAL")
-    return b"/local/domain/%d\0" % unsigned(first_digits(words[0]))
+    return b"/local/domain/%d\0" % first_digits(words[0])
 
 
 # ---- writing ----
@@ -163,7 +163,7 @@ def _parse_perms(words: list[bytes]) -> Perms:
         access = _LETTERS.get(word[:1])
         if access is None:
             raise Fail("EINVAL")
-        perms.append((access, number(word[1:])))
+        perms.append((access, domid_of(word[1:])))
     return tuple(perms)
 
 

@@ -23,6 +23,9 @@ _digits = re.compile(rb"[0-9]+").search
 _MODULUS = 1 << 63
 _HIGHEST = (1 << 62) - 1
 
+# There -1, which owns what is to go with the next domain that dies.
+NOBODY = 0xFFFF
+
 
 def words_of(payload: bytes) -> list[bytes]:
     """At most eight, the last with all that is left; b"" after the last NUL is one."""
@@ -95,6 +98,21 @@ def number(word: bytes) -> int:
     return value
 
 
+def domid_of(word: bytes) -> int:
+    """Of an entry: what fits into 16 bits, and -1. EINVAL for all else (there any number will do)."""
+    value = number(word)
+    if value == -1:
+        return NOBODY
+    if not 0 <= value < NOBODY:
+        raise Fail("EINVAL")
+    return value
+
+
+def shown(domid: int) -> int:
+    """As %u prints it."""
+    return _MODULUS - 1 if domid == NOBODY else domid
+
+
 def first_digits(word: bytes) -> int:
     """The first run of digits, 0 if there is none (c_int_of_string)."""
     found = _digits(word)
@@ -102,8 +120,3 @@ def first_digits(word: bytes) -> int:
     for digit in found[0] if found else b"":
         value = (value * 10 + digit - 48) % _MODULUS
     return value
-
-
-def unsigned(value: int) -> int:
-    """As %u prints it."""
-    return value % _MODULUS
