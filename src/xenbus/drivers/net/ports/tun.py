@@ -179,7 +179,7 @@ _CHANGING: Final = {
 def check_ifname(name: str) -> str:
     """A name that a network device can have; UsageError. `%d` in it becomes the lowest free number."""
     raw = os.fsencode(name)
-    if not 0 < len(raw) < IFNAMSIZ or name in (".", "..") or set(raw) & set(b"/: \t\n\0"):
+    if not 0 < len(raw) < IFNAMSIZ or name in (".", "..") or set(raw) & set(b"/:?&= \t\n\0"):
         raise UsageError(
             f"{name!r} is no name of a network device: 1 to {IFNAMSIZ - 1} bytes, no `/`, `:`, blank"
         )
