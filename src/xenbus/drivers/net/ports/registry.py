@@ -5,6 +5,7 @@ Knows how a target is written, as block's storage registry does; knows no scheme
 
 from __future__ import annotations
 
+import errno
 import importlib
 import pkgutil
 import re
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
+from xenbus.drivers.net.capture import captured
 from xenbus.drivers.net.packet import Port
 from xenbus.errors import UsageError, XenbusError
 
@@ -86,6 +88,8 @@ def parse_target(text: str) -> Target:
 async def open_port(target: str) -> Port:
     """Open a target: `tap:vif1.0?bridge=br0`, `switch:lan`, `packet:`.
 
+    What every one of them takes: `capture=FILE` (pcapng) and `capture-max=SIZE`.
+
     UsageError for a text that makes no sense, PortError for what cannot be opened.
     """
     parsed = parse_target(target)
@@ -94,4 +98,16 @@ async def open_port(target: str) -> Port:
     opener = _openers.get(parsed.scheme)
     if opener is None:
         raise UsageError(f"{target}: no port scheme {parsed.scheme} (there are {', '.join(scheme_names())})")
-    return await opener(parsed)
+    capture, limit = parsed.options.pop("capture", ""), parsed.options.pop("capture-max", "")
+    port = await opener(parsed)
+    if not capture:
+        return port
+    try:
+        return captured(port, capture, limit)
+    except OSError as error:
+        await port.close()
+        code = errno.errorcode.get(error.errno or 0, "EIO")
+        raise PortError(code, target, f"capture to {capture}: {error.strerror}") from None
+    except BaseException:
+        await port.close()
+        raise
