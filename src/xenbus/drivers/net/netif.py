@@ -5,12 +5,12 @@ Knows bytes alone, and texts as the store has them: no ring, no store, no device
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
 from xenbus.drivers.net.packet import Gso
+from xenbus.drivers.net.ports.mac import mac_text
 from xenbus.errors import PeerError
 
 PAGE_SIZE: Final = 4096
@@ -118,20 +118,6 @@ def extra_more(raw: bytes) -> bool:
 def data_slots(size: int) -> int:
     """Pages that so many bytes take."""
     return -(-size // PAGE_SIZE)
-
-
-_MAC: Final = re.compile(r"(?:[0-9a-fA-F]{1,2}:){5}[0-9a-fA-F]{1,2}")
-
-
-def mac_of(text: str) -> bytes:
-    """ "00:16:3e:01:02:03" as six bytes. ValueError."""
-    if _MAC.fullmatch(text) is None:
-        raise ValueError(f"{text[:32]!r} is no MAC address")
-    return bytes(int(part, 16) for part in text.split(":"))
-
-
-def mac_text(mac: bytes) -> str:
-    return mac.hex(":")
 
 
 def number(raw: bytes) -> int:

@@ -14,9 +14,9 @@ from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusDriver, X
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.counters import Counters
-from xenbus.drivers.net.netif import mac_of, mac_text
 from xenbus.drivers.net.packet import ETH_DATA_LEN, MAX_MTU, MIN_MTU, Packet
 from xenbus.drivers.net.ports import open_port
+from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.ports.schemes.packet import PATIENCE, PacketPort
 from xenbus.drivers.net.xn_pool import Pool
 from xenbus.drivers.net.xn_queue import TRANSPORT_KEY, FrontLink
@@ -144,8 +144,8 @@ class Xn(XenbusDriver):
             {"mtu": ETH_DATA_LEN, netif.PORT_KEY: self.default_port},
         )
         try:
-            self.mac = mac_of(said["mac"])
-        except ValueError as error:
+            self.mac = parse_mac(said["mac"])
+        except UsageError as error:
             raise UsageError(f"{self.dev.node}/mac: {error}") from None
         if not MIN_MTU <= said["mtu"] <= MAX_MTU:
             raise UsageError(f"{self.dev.node}/mtu: {said['mtu']}, {MIN_MTU} to {MAX_MTU} it can be")

@@ -20,7 +20,7 @@ FIRST: Final = 32
 
 
 class Page:
-    """One granted page. ident: its number in the pool; busy: the back end has it; head: a packet begins here"""
+    """ident: its number in the pool; busy: the back end has it; head: a packet begins here"""
 
     __slots__ = ("busy", "head", "ident", "ref", "view")
 

@@ -14,9 +14,10 @@ from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.counters import Counters
-from xenbus.drivers.net.netif import MULTICAST_KEY, mac_of, mac_text
+from xenbus.drivers.net.netif import MULTICAST_KEY
 from xenbus.drivers.net.packet import ETH_DATA_LEN, MAX_MTU, MIN_MTU
 from xenbus.drivers.net.ports import open_port
+from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.xnb_front import HEAD, Parameters, Shape
 from xenbus.drivers.net.xnb_options import OPTIONS, Options
 from xenbus.drivers.net.xnb_queue import QueueLink
@@ -192,8 +193,8 @@ class Xnb(XenbusDriver):
         )
         if said["mac"] is not None:
             try:
-                self.mac = mac_of(said["mac"])
-            except ValueError as error:
+                self.mac = parse_mac(said["mac"])
+            except UsageError as error:
                 raise UsageError(f"{dev.node}/mac: {error}") from None
         if not MIN_MTU <= said["mtu"] <= MAX_MTU:
             raise UsageError(f"{dev.node}/mtu: {said['mtu']}, {MIN_MTU} to {MAX_MTU} it can be")
