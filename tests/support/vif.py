@@ -91,7 +91,8 @@ class Rig:
         await self.world.tool.transaction(write)
 
     async def states(self, front: XenbusState, back: XenbusState) -> None:
-        await until(lambda: self.guest.front.devices and self.dom0.back.devices)
+        near, far = f"device/vif/{self.devid}", f"backend/vif/{self.guest.domid}/{self.devid}"
+        await until(lambda: near in self.guest.front.devices and far in self.dom0.back.devices)
         front_dev, back_dev = self.front_dev, self.back_dev
         await until(lambda: front_dev.state is front and back_dev.state is back)
 
