@@ -67,10 +67,15 @@ class Rig:
         return self.world.back_node("vif", self.devid, self.guest.domid, self.dom0.domid)
 
     async def plug(
-        self, *, port: str = "packet:?offloads=1", front_port: str = "packet:?offloads=1", **keys: str
+        self,
+        *,
+        port: str = "packet:?offloads=1",
+        front_port: str = "packet:?offloads=1",
+        mac: str = MAC,
+        **keys: str,
     ) -> None:
-        """Nodes as the toolstack writes them; `_` in a key stands for `-`. mtu goes to both."""
-        both = {"mac": MAC, "handle": str(self.devid)}
+        """Nodes as the toolstack writes them; `_` in a key stands for `-`. mtu and mac go to both."""
+        both = {"mac": mac, "handle": str(self.devid)}
         if "mtu" in keys:
             both["mtu"] = keys.pop("mtu")
         front = {**both, "xenbus-port": front_port}

@@ -20,7 +20,7 @@ from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.ports.schemes.packet import PATIENCE, PacketPort
 from xenbus.drivers.net.xn_pool import Pool
 from xenbus.drivers.net.xn_queue import TRANSPORT_KEY, FrontLink
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError, XenbusError
 from xenbus.xenstore.client import Watch
 
 # Seconds that a back end has to unmap our pages once we are Closed and being detached.
@@ -290,7 +290,10 @@ class Xn(XenbusDriver):
 
     async def _carrier_changed(self) -> None:
         """netif.h, "Link state": no node is as good as 1."""
-        on = (await self.dev.otherend_read_opt("carrier") or "1") != "0"
+        try:
+            on = (await self.dev.otherend_read_opt("carrier") or "1") != "0"
+        except (StoreError, LinkDown):
+            return  # the watch fired because its whole node went, and nobody may look where it was
         agreed = self.dev.features
         lanes = [link.tx for link in self._links if link.tx is not None]
         if not self._served or agreed is None or not lanes:
