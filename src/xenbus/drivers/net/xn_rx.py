@@ -40,12 +40,11 @@ WORK_PER_WAKEUP: Final = 256
 class _Chain:
     """A packet of which not all slots have come. wrong: why it will be dropped; extra: one comes next"""
 
-    __slots__ = ("extra", "extras", "flags", "gso", "gso_size", "parts", "size", "slots", "wrong")
+    __slots__ = ("data", "extra", "extras", "flags", "gso", "gso_size", "slots", "wrong")
 
     def __init__(self, flags: int) -> None:
         self.flags = flags
-        self.parts: list[bytes] = []
-        self.size = 0
+        self.data = bytearray()
         self.slots = 0
         self.extra = False
         self.extras = 0
@@ -224,13 +223,12 @@ class RxQueue:
             chain.wrong = BadPacket("frame", f"{size} bytes at {offset} of a page")
         elif flags >> 4:
             chain.wrong = BadPacket("frame", f"flags {flags:#x}")
-        elif chain.size + size > MAX_FRAME or chain.slots > netif.NR_SLOTS_MIN:
+        elif len(chain.data) + size > MAX_FRAME or chain.slots > netif.NR_SLOTS_MIN:
             chain.wrong = BadPacket(
                 "length", f"a packet of more than {MAX_FRAME} bytes or {netif.NR_SLOTS_MIN} slots"
             )
         else:
-            chain.parts.append(bytes(page.view[offset : offset + size]))
-            chain.size += size
+            chain.data += page.view[offset : offset + size]
 
     def _take_extra(self, chain: _Chain, raw: bytes) -> None:
         chain.extra = netif.extra_more(raw)
@@ -246,12 +244,12 @@ class RxQueue:
 
     def _whole(self, chain: _Chain) -> Packet | None:
         limit = MAX_FRAME if chain.gso else self._cable.limit
-        if chain.wrong is None and not ETH_HLEN <= chain.size <= limit:
-            chain.wrong = BadPacket("length", f"a packet of {chain.size} bytes: {ETH_HLEN} to {limit}")
+        size = len(chain.data)
+        if chain.wrong is None and not ETH_HLEN <= size <= limit:
+            chain.wrong = BadPacket("length", f"a packet of {size} bytes: {ETH_HLEN} to {limit}")
         if chain.wrong is not None:
             self._counters.bad_rx(chain.wrong.kind, str(chain.wrong))
             return None
-        data = chain.parts[0] if len(chain.parts) == 1 else b"".join(chain.parts)
         blank, validated = bool(chain.flags & RX_CSUM_BLANK), bool(chain.flags & RX_DATA_VALIDATED)
-        packet = Packet(data, blank, validated, chain.gso, chain.gso_size)
+        packet = Packet(chain.data, blank, validated, chain.gso, chain.gso_size)
         return with_blank_checksum(packet, self._counters) if chain.gso and not blank else packet
