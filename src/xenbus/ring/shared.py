@@ -166,13 +166,16 @@ class FrontRing(SharedRing):
         self.rsp_cons = (self.rsp_cons + count) & MASK
         return taken
 
-    def final_check_for_responses(self) -> bool:
-        """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_RESPONSES). RingError."""
-        if self.unconsumed_responses():
+    def final_check_for_responses(self, count: int = 1) -> bool:
+        """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_RESPONSES). RingError.
+
+        count: be notified of that many together, and not of the first; no more than are still to come
+        """
+        if self.unconsumed_responses() >= count:
             return True
-        self.words[RSP_EVENT] = (self.rsp_cons + 1) & MASK
+        self.words[RSP_EVENT] = (self.rsp_cons + count) & MASK
         fence.full_fence()
-        return self.unconsumed_responses() > 0
+        return self.unconsumed_responses() >= count
 
 
 class BackRing(SharedRing):

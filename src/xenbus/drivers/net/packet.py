@@ -33,8 +33,8 @@ class Gso(IntEnum):
 class Packet:
     """One Ethernet frame, without its FCS.
 
-    data:           bytes-like, contiguous. It is its sender's: valid, and unchanged, until the call that handed
-                    it over returns. Whoever keeps it longer takes a copy (`bytes(packet.data)`).
+    data:           bytes-like, contiguous. It is its sender's: valid, and unchanged, until the call that
+                    handed it over returns. Whoever keeps it longer takes a copy (`bytes(packet.data)`).
     csum_blank:     the TCP or UDP checksum field holds the sum of the pseudo header alone (not complemented)
     data_validated: the checksum is right, or (with csum_blank) the data never left this machine
     gso:            a TCP packet longer than the MTU, to be cut into segments; csum_blank goes with it
@@ -82,18 +82,18 @@ class Link:
 
 
 class End(Protocol):
-    """One end of the cable, as the other one sees it. Everything here is synchronous, runs in the loop's thread
-    and never raises: a packet that an end cannot use it drops, and counts."""
+    """One end of the cable, as the other one sees it. Everything here is synchronous, runs in the loop's
+    thread and never raises: a packet that an end cannot use it drops, and counts."""
 
     def send(self, packets: Sequence[Packet]) -> int:
         """Take packets, the first ones first. Returns how many were taken; those that were dropped count.
 
-        Fewer than given: there is no room. The rest stays the caller's, who sends nothing more before `ready`.
+        Fewer than given: there is no room. The rest stays the caller's, who sends nothing before `ready`.
         """
         ...
 
     def ready(self) -> None:
-        """The other end took fewer packets than it was given, and has room again. Send from within, or later."""
+        """The other end took fewer packets than it was given, and has room again: send, now or later."""
         ...
 
     def link(self, link: Link | None) -> None:

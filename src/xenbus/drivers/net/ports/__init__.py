@@ -1,7 +1,7 @@
-"""The far sides of net drivers: TAP devices, an in-process switch, the packet interface. `open_port` is the way in.
+"""The far sides of net drivers: TAP devices, a switch, the packet interface. `open_port` is the way in.
 
-The node `xenbus-port` of either half of a `vif` has the target; with none a front end has `packet:`, a back end
-`tap:` where a hotplug script is configured (`script`), otherwise `packet:`.
+The node `xenbus-port` of either half of a `vif` has the target; with none a front end has `packet:`, a back
+end `tap:` where a hotplug script is configured (`script`), otherwise `packet:`.
 Knows packets; knows nothing of rings or the store. To add a scheme: one file in `schemes/`, one decorator.
 """
 
