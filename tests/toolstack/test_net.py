@@ -18,7 +18,7 @@ def test_both_halves_are_as_libxl_writes_them():
     spec = NicSpec(5, 1, MAC, bridge="xenbr0", mtu=9000).device()
     assert spec.paths.front == "/local/domain/5/device/vif/1"
     assert spec.paths.back == "/local/domain/0/backend/vif/5/1"
-    assert spec.front == {"handle": "1", "mac": MAC, "mtu": "9000", "trusted": "1"}
+    assert spec.front == {"handle": "1", "mac": MAC, "trusted": "1"} and spec.told == {"mtu": "9000"}
     assert spec.back == {
         "handle": "1",
         "mac": MAC,
@@ -29,7 +29,7 @@ def test_both_halves_are_as_libxl_writes_them():
     }
     # The default MTU is not written, and nothing waits for a script that nobody runs.
     plain = NicSpec(5).device()
-    assert not {"mtu", "bridge", "script", "hotplug-status"} & set(plain.back)
+    assert not {"mtu", "bridge", "script", "hotplug-status"} & set(plain.back) and not plain.told
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,13 @@ def test_numbers_and_the_record():
             specs = []
             for number in range(3):
                 assert await free_devid(store, 5) == number
-                specs.append(NicSpec(5, number, switch="s").device())
+                specs.append(NicSpec(5, number, switch="s", mtu=1400).device())
                 await write_device(store, specs[-1])
+            # The guest reads its MTU, and can't write it.
+            perms = await store.get_perms(f"{specs[1].paths.front}/mtu")
+            assert [str(perm) for perm in perms] == ["n0", "r5"]
             [again] = [spec for spec in await list_devices(store, 5) if spec.paths.devid == 1]
-            assert (again.front, again.back) == (specs[1].front, specs[1].back)
+            assert (again.front, again.back, again.told) == (specs[1].front, specs[1].back, {"mtu": "1400"})
             await remove_device(store, specs[1].paths)
             assert await free_devid(store, 5) == 1
         await daemon.close()

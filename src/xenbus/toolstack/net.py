@@ -59,11 +59,10 @@ class NicSpec:
             raise UsageError(f"{self.queues} queues: 1 to {QUEUES_MAX} there can be")
         mac = mac_text(parse_mac(self.mac) if self.mac is not None else random_mac())
         both = {"handle": str(self.devid), "mac": mac}
-        if self.mtu != ETH_DATA_LEN:
-            both["mtu"] = str(self.mtu)
+        mtu = {"mtu": str(self.mtu)} if self.mtu != ETH_DATA_LEN else {}
         front = {**both, "trusted": "1"}
         # No `script`, and no `hotplug-status` that a back end would wait for: ours opens its port itself.
-        back = {**both, "type": KIND, PORT_KEY: self._target()}
+        back = {**both, **mtu, "type": KIND, PORT_KEY: self._target()}
         if self.bridge:
             back["bridge"] = self.bridge
         if self.front:
@@ -72,7 +71,9 @@ class NicSpec:
         if self.queues:
             front[MAX_QUEUES_KEYS[0]] = back[MAX_QUEUES_KEYS[1]] = str(self.queues)
         own = "" if self.back_kind == KIND else self.back_kind
-        return DeviceSpec(DevicePaths(KIND, self.devid, self.front_domid, self.back_domid, own), front, back)
+        return DeviceSpec(
+            DevicePaths(KIND, self.devid, self.front_domid, self.back_domid, own), front, back, mtu
+        )
 
     def _target(self) -> str:
         """Of the back end's far side."""
