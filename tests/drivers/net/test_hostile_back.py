@@ -123,8 +123,6 @@ def test_a_packet_that_never_ends_ends_the_device():
     async def check(r, back):
         await until(lambda: len(back.posted) >= 32)
         await back.give(*((n, 0, RX_MORE_DATA, 10) for n in range(32)))
-        await until(lambda: len(back.posted) >= 64)
-        await back.give(*((n, 0, RX_MORE_DATA, 10) for n in range(32)))
         await until(lambda: r.front_dev.state in (S.CLOSING, S.CLOSED))
         assert "does not end" in await r.error_of(r.fnode)
 

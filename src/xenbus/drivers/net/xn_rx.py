@@ -34,17 +34,26 @@ from xenbus.ring.shared import RSP_PROD, FrontRing
 
 # Responses taken at a time, and in one wake-up before the loop gets its turn.
 BATCH: Final = 64
+# More than these in one packet are no mistake: fewer than the pages that there are at first.
+FATAL_SLOTS: Final = 28
 WORK_PER_WAKEUP: Final = 256
 
 
 class _Chain:
-    """A packet of which not all slots have come. wrong: why it will be dropped; extra: one comes next"""
+    """A packet of which not all slots have come.
 
-    __slots__ = ("data", "extra", "extras", "flags", "gso", "gso_size", "slots", "wrong")
+    pages:  of all its slots: they stay here until it is whole, so that its bytes are copied once
+    pieces: (page, offset, length) of its data; size: bytes in all
+    extra:  one comes next; wrong: why it will be dropped
+    """
+
+    __slots__ = ("extra", "extras", "flags", "gso", "gso_size", "pages", "pieces", "size", "slots", "wrong")
 
     def __init__(self, flags: int) -> None:
         self.flags = flags
-        self.data = bytearray()
+        self.pages: list[Page] = []
+        self.pieces: list[tuple[Page, int, int]] = []
+        self.size = 0
         self.slots = 0
         self.extra = False
         self.extras = 0
@@ -90,6 +99,7 @@ class RxQueue:
     def close(self) -> None:
         """Nothing more comes in. The ring is its owner's to release."""
         self._over = True
+        self._chain = None
 
     def hold(self) -> None:
         self._held = True
@@ -177,24 +187,28 @@ class RxQueue:
                 data = bytes(page.view[offset : offset + size])
                 packets.append(Packet(data, flags > RX_DATA_VALIDATED, flags & RX_DATA_VALIDATED != 0))
                 octets += size
-            else:
-                raw = slots[n * RX_SLOT_SIZE : (n + 1) * RX_SLOT_SIZE]
-                packet = self._take_slot(raw, slot, page)
+                posted[slot] = None
+                self._post(page)
+                continue
+            posted[slot] = None
+            chain = self._take_slot(slots[n * RX_SLOT_SIZE : (n + 1) * RX_SLOT_SIZE], slot, page)
+            if chain is not None:
+                packet = self._whole(chain)
+                for page in chain.pages:
+                    self._post(page)
                 if packet is not None:
                     packets.append(packet)
-                    octets += len(packet.data)
-            posted[slot] = None
-            self._post(page)
+                    octets += chain.size
         self._counters.rx_packets += len(packets)
         self._counters.rx_bytes += octets
         return packets
 
-    def _take_slot(self, raw: bytes, slot: int, page: Page) -> Packet | None:
-        """One slot of a packet that is not plainly good. The packet, if it ends here and is."""
+    def _take_slot(self, raw: bytes, slot: int, page: Page) -> _Chain | None:
+        """One slot of a packet that is not plainly good. The chain, if it ends here. PeerError if it does not
+        end: so many pages are not given away."""
         chain = self._chain
         if chain is not None and chain.extra:
             self._take_extra(chain, raw)
-            more = bool(chain.extra or chain.flags & RX_MORE_DATA)
         else:
             ident, offset, flags, size = RX_RESPONSE.unpack(raw)
             if chain is None:
@@ -204,13 +218,13 @@ class RxQueue:
             chain.flags = chain.flags & ~RX_MORE_DATA | flags & RX_MORE_DATA
             if chain.wrong is None:
                 self._take_data(chain, page, ident == slot, offset, flags, size)
-            more = bool(chain.extra or flags & RX_MORE_DATA)
-        if more:
-            if chain.slots + chain.extras > netif.NR_SLOTS_MIN * 2:
-                raise PeerError(f"a packet that does not end within {chain.slots + chain.extras} slots")
-            return None
-        self._chain = None
-        return self._whole(chain)
+        chain.pages.append(page)
+        if not chain.extra and not chain.flags & RX_MORE_DATA:
+            self._chain = None
+            return chain
+        if len(chain.pages) > FATAL_SLOTS:
+            raise PeerError(f"a packet that does not end within {FATAL_SLOTS} slots")
+        return None
 
     def _take_data(
         self, chain: _Chain, page: Page, matches: bool, offset: int, flags: int, size: int
@@ -223,12 +237,13 @@ class RxQueue:
             chain.wrong = BadPacket("frame", f"{size} bytes at {offset} of a page")
         elif flags >> 4:
             chain.wrong = BadPacket("frame", f"flags {flags:#x}")
-        elif len(chain.data) + size > MAX_FRAME or chain.slots > netif.NR_SLOTS_MIN:
+        elif chain.size + size > MAX_FRAME or chain.slots > netif.NR_SLOTS_MIN:
             chain.wrong = BadPacket(
                 "length", f"a packet of more than {MAX_FRAME} bytes or {netif.NR_SLOTS_MIN} slots"
             )
         else:
-            chain.data += page.view[offset : offset + size]
+            chain.pieces.append((page, offset, size))
+            chain.size += size
 
     def _take_extra(self, chain: _Chain, raw: bytes) -> None:
         chain.extra = netif.extra_more(raw)
@@ -244,12 +259,12 @@ class RxQueue:
 
     def _whole(self, chain: _Chain) -> Packet | None:
         limit = MAX_FRAME if chain.gso else self._cable.limit
-        size = len(chain.data)
-        if chain.wrong is None and not ETH_HLEN <= size <= limit:
-            chain.wrong = BadPacket("length", f"a packet of {size} bytes: {ETH_HLEN} to {limit}")
+        if chain.wrong is None and not ETH_HLEN <= chain.size <= limit:
+            chain.wrong = BadPacket("length", f"a packet of {chain.size} bytes: {ETH_HLEN} to {limit}")
         if chain.wrong is not None:
             self._counters.bad_rx(chain.wrong.kind, str(chain.wrong))
             return None
         blank, validated = bool(chain.flags & RX_CSUM_BLANK), bool(chain.flags & RX_DATA_VALIDATED)
-        packet = Packet(chain.data, blank, validated, chain.gso, chain.gso_size)
+        data = b"".join([page.view[offset : offset + size] for page, offset, size in chain.pieces])
+        packet = Packet(data, blank, validated, chain.gso, chain.gso_size)
         return with_blank_checksum(packet, self._counters) if chain.gso and not blank else packet
