@@ -25,6 +25,8 @@ from xenbus.xenstore.client import Watch
 
 # Seconds that a back end has to unmap our pages once we are Closed and being detached.
 UNMAP_TIMEOUT = 3.0
+# Ours, in our own node: how many queues to ask for, if there are as many.
+OWN_QUEUES_KEY = "xn-max-queues"
 # How often we offer a back end that closed a new connection, before one of them was served.
 TRIES = 5
 # A back end that stands there may have pages of ours mapped.
@@ -42,7 +44,7 @@ class Xn(XenbusDriver):
     """Its `port` is there from the start; packets cross once both halves are Connected.
 
     The class attributes are what this front makes use of and offers; sg to gso_tcpv6 as in offers.Offer.
-    num_queues:        one suffices: all queues are served by one loop
+    num_queues:        one suffices: all queues are served by one loop. `xn-max-queues` of its node goes first
     rx_notify:         kick the back end when there are new pages for it to fill
     multicast_control: ask the back end for no groups but those that were joined
     default_port:      the far side where the node does not name one
@@ -77,6 +79,7 @@ class Xn(XenbusDriver):
         self.mac = b""
         self.mtu = ETH_DATA_LEN
         self.groups: set[bytes] = set()
+        self._wanted_queues = self.num_queues
         self._links: list[FrontLink] = []
         self._served = False
         self._tries = 0
@@ -140,8 +143,17 @@ class Xn(XenbusDriver):
 
     async def attach(self) -> None:
         said = await self.dev.gather(
-            {"mac": bytes.decode, "mtu": netif.number, netif.PORT_KEY: bytes.decode},
-            {"mtu": ETH_DATA_LEN, netif.PORT_KEY: self.default_port},
+            {
+                "mac": bytes.decode,
+                "mtu": netif.number,
+                OWN_QUEUES_KEY: netif.number,
+                netif.PORT_KEY: bytes.decode,
+            },
+            {
+                "mtu": ETH_DATA_LEN,
+                OWN_QUEUES_KEY: self.num_queues,
+                netif.PORT_KEY: self.default_port,
+            },
         )
         try:
             self.mac = parse_mac(said["mac"])
@@ -150,6 +162,11 @@ class Xn(XenbusDriver):
         if not MIN_MTU <= said["mtu"] <= MAX_MTU:
             raise UsageError(f"{self.dev.node}/mtu: {said['mtu']}, {MIN_MTU} to {MAX_MTU} it can be")
         self.mtu = said["mtu"]
+        self._wanted_queues = said[OWN_QUEUES_KEY]
+        if not 1 <= self._wanted_queues <= netif.MAX_QUEUES:
+            raise UsageError(
+                f"{self.dev.node}/{OWN_QUEUES_KEY}: {self._wanted_queues}, 1 to {netif.MAX_QUEUES} it can be"
+            )
         self.cable.plug(await open_port(said[netif.PORT_KEY]))
 
     async def otherend_changed(self, state: XenbusState) -> None:
@@ -254,7 +271,7 @@ class Xn(XenbusDriver):
             self,
             said,
             *_OWN,
-            queues=self.num_queues,
+            queues=self._wanted_queues,
             split_event_channels=int(self.split_event_channels),
             multicast_control=1,
             dynamic_multicast_control=1,
