@@ -208,21 +208,13 @@ class Xn(XenbusDriver):
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         cable = self.cable
-
-        def of_port() -> str:
-            port = cable.port
-            said = " ".join(f"{key}={value}" for key, value in port.counters().items()) if port else ""
-            return f"{port.name} {said}".strip() if port else ""
-
         return {
             "mac": lambda: mac_text(self.mac),
             "mtu": lambda: self.mtu,
-            "port": of_port,
             "carrier": lambda: int(cable.connected),
             "queues": lambda: len(self._links),
             "data_pages": lambda: sum(link.data_pages for link in self._links),
-            "waiting": lambda: cable.waiting,
-            **self.counters.leaves(),
+            **cable.leaves(),
         }
 
     # -- the handshake

@@ -158,22 +158,14 @@ class Xnb(XenbusDriver):
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         cable = self.cable
-
-        def of_port() -> str:
-            port = cable.port
-            said = " ".join(f"{key}={value}" for key, value in port.counters().items()) if port else ""
-            return f"{port.name} {said}".strip() if port else ""
-
         return {
             "mac": lambda: mac_text(self.mac) if self.mac is not None else "",
             "mtu": lambda: self.mtu,
-            "port": of_port,
             "carrier": lambda: int(cable.connected and cable.carrier),
             "queues": lambda: len(self._links),
-            "waiting": lambda: cable.waiting,
             "multicast_control": lambda: int(self.multicast.on),
             "multicast_groups": lambda: len(self.multicast.groups),
-            **self.counters.leaves(),
+            **cable.leaves(),
         }
 
     # -- what the toolstack's nodes name
