@@ -193,6 +193,7 @@ def with_raw_front(check: Any, *, front: Any = RawFront, **keys: str) -> None:
         async with rig(front=front) as r:
             await r.plug(**keys)
             await r.states(XenbusState.CONNECTED, XenbusState.CONNECTED)
+            await r.far.linked(5)
             await check(r, r.front)
             await r.gone()
 
