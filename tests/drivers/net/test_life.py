@@ -177,6 +177,18 @@ def test_a_back_end_that_begins_anew():
     with_rig(check)
 
 
+def test_a_state_that_is_written_once_more_means_nothing():
+    async def check(r):
+        links = r.front._links[0], r.back._links[0]
+        for node in (r.fnode, r.bnode):
+            await r.world.tool.write(f"{node}/state", "4")
+            await settle(r.guest, r.dom0)
+        assert (r.front._links[0], r.back._links[0]) == links
+        await works(r)
+
+    with_rig(check)
+
+
 def test_a_back_end_that_comes_back_later():
     """It closed with `online` 0, so that nobody waits for it; then a toolstack arms it again."""
 

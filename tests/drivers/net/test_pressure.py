@@ -14,6 +14,7 @@ from xenbus.drivers.net import Packet, Xn, Xnb
 from xenbus.drivers.net.packet import ALL, Link
 
 S = XenbusState
+pytestmark = pytest.mark.usefixtures("either_way")
 COUNT = 600  # more than both rings
 
 
