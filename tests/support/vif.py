@@ -67,14 +67,22 @@ class Rig:
         return self.world.back_node("vif", self.devid, self.guest.domid, self.dom0.domid)
 
     async def plug(
-        self, *, port: str = "packet:?offloads=1", front_port: str = "packet:?offloads=1", **keys: str
+        self,
+        *,
+        port: str = "packet:?offloads=1",
+        front_port: str = "packet:?offloads=1",
+        mac: str = MAC,
+        **keys: str,
     ) -> None:
-        """Nodes as the toolstack writes them; `_` in a key stands for `-`. mtu goes to both."""
-        both = {"mac": MAC, "handle": str(self.devid)}
+        """Nodes as the toolstack writes them; `_` in a key stands for `-`. mtu and mac go to both, what
+        begins with xn_ to the front."""
+        both = {"mac": mac, "handle": str(self.devid)}
         if "mtu" in keys:
             both["mtu"] = keys.pop("mtu")
         front = {**both, "xenbus-port": front_port}
-        back = {**both, "xenbus-port": port, **{k.replace("_", "-"): v for k, v in keys.items()}}
+        back = {**both, "xenbus-port": port}
+        for key, value in keys.items():
+            (front if key.startswith("xn_") else back)[key.replace("_", "-")] = value
         back = {key: value for key, value in back.items() if value}
         domid, home = self.guest.domid, self.dom0.domid
         front |= {"backend": self.bnode, "backend-id": str(home)}

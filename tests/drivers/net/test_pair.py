@@ -263,6 +263,13 @@ def test_a_front_takes_no_more_queues_than_there_are():
     with_rig(check, front=front_with(num_queues=16), xnb_max_queues="2")
 
 
+def test_the_front_s_node_says_how_many_queues_it_asks_for():
+    async def check(r):
+        assert len(r.front._links) == len(r.back._links) == 3
+
+    with_rig(check, xn_max_queues="3")
+
+
 # -- bursts
 
 

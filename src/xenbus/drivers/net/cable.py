@@ -121,6 +121,16 @@ class Cable:
         """Packets that we hold: for a ring, or for the port."""
         return sum(map(len, self._waiting.values())) + len(self._left)
 
+    def leaves(self) -> dict[str, Callable[[], object]]:
+        """For sysctl: what waits, the device's counts, and the port's own."""
+        port = self.port
+        found: dict[str, Callable[[], object]] = {"waiting": lambda: self.waiting, **self.counters.leaves()}
+        if port is not None:
+            found["port"] = lambda: port.name
+            for name in port.counters():
+                found[f"port.{name}"] = lambda name=name: port.counters().get(name, 0)  # type: ignore[misc]
+        return found
+
     # -- from the rings to the port
 
     def deliver(self, packets: Sequence[Packet]) -> None:

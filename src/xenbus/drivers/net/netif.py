@@ -53,6 +53,8 @@ NETIF_RSP_ERROR: Final = -1
 NETIF_RSP_OKAY: Final = 0
 NETIF_RSP_NULL: Final = 1
 
+MAX_QUEUES: Final = 16
+
 # Keys of either half (see docs/net.md for who writes which).
 MAX_QUEUES_KEY: Final = "multi-queue-max-queues"
 NUM_QUEUES_KEY: Final = "multi-queue-num-queues"

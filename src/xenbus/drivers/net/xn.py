@@ -20,11 +20,13 @@ from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.ports.schemes.packet import PATIENCE, PacketPort
 from xenbus.drivers.net.xn_pool import Pool
 from xenbus.drivers.net.xn_queue import TRANSPORT_KEY, FrontLink
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError, XenbusError
 from xenbus.xenstore.client import Watch
 
 # Seconds that a back end has to unmap our pages once we are Closed and being detached.
 UNMAP_TIMEOUT = 3.0
+# Ours, in our own node: how many queues to ask for, if there are as many.
+OWN_QUEUES_KEY = "xn-max-queues"
 # How often we offer a back end that closed a new connection, before one of them was served.
 TRIES = 5
 # A back end that stands there may have pages of ours mapped.
@@ -42,7 +44,7 @@ class Xn(XenbusDriver):
     """Its `port` is there from the start; packets cross once both halves are Connected.
 
     The class attributes are what this front makes use of and offers; sg to gso_tcpv6 as in offers.Offer.
-    num_queues:        one suffices: all queues are served by one loop
+    num_queues:        one suffices: all queues are served by one loop. `xn-max-queues` of its node goes first
     rx_notify:         kick the back end when there are new pages for it to fill
     multicast_control: ask the back end for no groups but those that were joined
     default_port:      the far side where the node does not name one
@@ -77,6 +79,7 @@ class Xn(XenbusDriver):
         self.mac = b""
         self.mtu = ETH_DATA_LEN
         self.groups: set[bytes] = set()
+        self._wanted_queues = self.num_queues
         self._links: list[FrontLink] = []
         self._served = False
         self._tries = 0
@@ -140,8 +143,17 @@ class Xn(XenbusDriver):
 
     async def attach(self) -> None:
         said = await self.dev.gather(
-            {"mac": bytes.decode, "mtu": netif.number, netif.PORT_KEY: bytes.decode},
-            {"mtu": ETH_DATA_LEN, netif.PORT_KEY: self.default_port},
+            {
+                "mac": bytes.decode,
+                "mtu": netif.number,
+                OWN_QUEUES_KEY: netif.number,
+                netif.PORT_KEY: bytes.decode,
+            },
+            {
+                "mtu": ETH_DATA_LEN,
+                OWN_QUEUES_KEY: self.num_queues,
+                netif.PORT_KEY: self.default_port,
+            },
         )
         try:
             self.mac = parse_mac(said["mac"])
@@ -150,6 +162,11 @@ class Xn(XenbusDriver):
         if not MIN_MTU <= said["mtu"] <= MAX_MTU:
             raise UsageError(f"{self.dev.node}/mtu: {said['mtu']}, {MIN_MTU} to {MAX_MTU} it can be")
         self.mtu = said["mtu"]
+        self._wanted_queues = said[OWN_QUEUES_KEY]
+        if not 1 <= self._wanted_queues <= netif.MAX_QUEUES:
+            raise UsageError(
+                f"{self.dev.node}/{OWN_QUEUES_KEY}: {self._wanted_queues}, 1 to {netif.MAX_QUEUES} it can be"
+            )
         self.cable.plug(await open_port(said[netif.PORT_KEY]))
 
     async def otherend_changed(self, state: XenbusState) -> None:
@@ -191,21 +208,13 @@ class Xn(XenbusDriver):
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         cable = self.cable
-
-        def of_port() -> str:
-            port = cable.port
-            said = " ".join(f"{key}={value}" for key, value in port.counters().items()) if port else ""
-            return f"{port.name} {said}".strip() if port else ""
-
         return {
             "mac": lambda: mac_text(self.mac),
             "mtu": lambda: self.mtu,
-            "port": of_port,
             "carrier": lambda: int(cable.connected),
             "queues": lambda: len(self._links),
             "data_pages": lambda: sum(link.data_pages for link in self._links),
-            "waiting": lambda: cable.waiting,
-            **self.counters.leaves(),
+            **cable.leaves(),
         }
 
     # -- the handshake
@@ -254,7 +263,7 @@ class Xn(XenbusDriver):
             self,
             said,
             *_OWN,
-            queues=self.num_queues,
+            queues=self._wanted_queues,
             split_event_channels=int(self.split_event_channels),
             multicast_control=1,
             dynamic_multicast_control=1,
@@ -290,7 +299,10 @@ class Xn(XenbusDriver):
 
     async def _carrier_changed(self) -> None:
         """netif.h, "Link state": no node is as good as 1."""
-        on = (await self.dev.otherend_read_opt("carrier") or "1") != "0"
+        try:
+            on = (await self.dev.otherend_read_opt("carrier") or "1") != "0"
+        except (StoreError, LinkDown):
+            return  # the watch fired because its whole node went, and nobody may look where it was
         agreed = self.dev.features
         lanes = [link.tx for link in self._links if link.tx is not None]
         if not self._served or agreed is None or not lanes:

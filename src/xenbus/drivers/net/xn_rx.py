@@ -34,17 +34,25 @@ from xenbus.ring.shared import RSP_PROD, FrontRing
 
 # Responses taken at a time, and in one wake-up before the loop gets its turn.
 BATCH: Final = 64
+# More than these in one packet are no mistake: fewer than the pages that there are at first.
+FATAL_SLOTS: Final = 28
 WORK_PER_WAKEUP: Final = 256
 
 
 class _Chain:
-    """A packet of which not all slots have come. wrong: why it will be dropped; extra: one comes next"""
+    """A packet of which not all slots have come.
 
-    __slots__ = ("extra", "extras", "flags", "gso", "gso_size", "parts", "size", "slots", "wrong")
+    pages:  of all its slots: they stay here until it is whole, so that its bytes are copied once
+    pieces: (page, offset, length) of its data; size: bytes in all
+    extra:  one comes next; wrong: why it will be dropped
+    """
+
+    __slots__ = ("extra", "extras", "flags", "gso", "gso_size", "pages", "pieces", "size", "slots", "wrong")
 
     def __init__(self, flags: int) -> None:
         self.flags = flags
-        self.parts: list[bytes] = []
+        self.pages: list[Page] = []
+        self.pieces: list[tuple[Page, int, int]] = []
         self.size = 0
         self.slots = 0
         self.extra = False
@@ -91,6 +99,7 @@ class RxQueue:
     def close(self) -> None:
         """Nothing more comes in. The ring is its owner's to release."""
         self._over = True
+        self._chain = None
 
     def hold(self) -> None:
         self._held = True
@@ -178,24 +187,28 @@ class RxQueue:
                 data = bytes(page.view[offset : offset + size])
                 packets.append(Packet(data, flags > RX_DATA_VALIDATED, flags & RX_DATA_VALIDATED != 0))
                 octets += size
-            else:
-                raw = slots[n * RX_SLOT_SIZE : (n + 1) * RX_SLOT_SIZE]
-                packet = self._take_slot(raw, slot, page)
+                posted[slot] = None
+                self._post(page)
+                continue
+            posted[slot] = None
+            chain = self._take_slot(slots[n * RX_SLOT_SIZE : (n + 1) * RX_SLOT_SIZE], slot, page)
+            if chain is not None:
+                packet = self._whole(chain)
+                for page in chain.pages:
+                    self._post(page)
                 if packet is not None:
                     packets.append(packet)
-                    octets += len(packet.data)
-            posted[slot] = None
-            self._post(page)
+                    octets += chain.size
         self._counters.rx_packets += len(packets)
         self._counters.rx_bytes += octets
         return packets
 
-    def _take_slot(self, raw: bytes, slot: int, page: Page) -> Packet | None:
-        """One slot of a packet that is not plainly good. The packet, if it ends here and is."""
+    def _take_slot(self, raw: bytes, slot: int, page: Page) -> _Chain | None:
+        """One slot of a packet that is not plainly good. The chain, if it ends here. PeerError if it does not
+        end: so many pages are not given away."""
         chain = self._chain
         if chain is not None and chain.extra:
             self._take_extra(chain, raw)
-            more = bool(chain.extra or chain.flags & RX_MORE_DATA)
         else:
             ident, offset, flags, size = RX_RESPONSE.unpack(raw)
             if chain is None:
@@ -205,13 +218,13 @@ class RxQueue:
             chain.flags = chain.flags & ~RX_MORE_DATA | flags & RX_MORE_DATA
             if chain.wrong is None:
                 self._take_data(chain, page, ident == slot, offset, flags, size)
-            more = bool(chain.extra or flags & RX_MORE_DATA)
-        if more:
-            if chain.slots + chain.extras > netif.NR_SLOTS_MIN * 2:
-                raise PeerError(f"a packet that does not end within {chain.slots + chain.extras} slots")
-            return None
-        self._chain = None
-        return self._whole(chain)
+        chain.pages.append(page)
+        if not chain.extra and not chain.flags & RX_MORE_DATA:
+            self._chain = None
+            return chain
+        if len(chain.pages) > FATAL_SLOTS:
+            raise PeerError(f"a packet that does not end within {FATAL_SLOTS} slots")
+        return None
 
     def _take_data(
         self, chain: _Chain, page: Page, matches: bool, offset: int, flags: int, size: int
@@ -229,7 +242,7 @@ class RxQueue:
                 "length", f"a packet of more than {MAX_FRAME} bytes or {netif.NR_SLOTS_MIN} slots"
             )
         else:
-            chain.parts.append(bytes(page.view[offset : offset + size]))
+            chain.pieces.append((page, offset, size))
             chain.size += size
 
     def _take_extra(self, chain: _Chain, raw: bytes) -> None:
@@ -251,7 +264,7 @@ class RxQueue:
         if chain.wrong is not None:
             self._counters.bad_rx(chain.wrong.kind, str(chain.wrong))
             return None
-        data = chain.parts[0] if len(chain.parts) == 1 else b"".join(chain.parts)
         blank, validated = bool(chain.flags & RX_CSUM_BLANK), bool(chain.flags & RX_DATA_VALIDATED)
+        data = b"".join([page.view[offset : offset + size] for page, offset, size in chain.pieces])
         packet = Packet(data, blank, validated, chain.gso, chain.gso_size)
         return with_blank_checksum(packet, self._counters) if chain.gso and not blank else packet

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ClassVar
 
-from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
+from xenbus.bus import DeviceGone, XenbusDevice, XenbusDriver, XenbusState, back_driver
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.counters import Counters
@@ -22,7 +22,7 @@ from xenbus.drivers.net.xnb_front import HEAD, Parameters, Shape
 from xenbus.drivers.net.xnb_options import OPTIONS, Options
 from xenbus.drivers.net.xnb_queue import QueueLink
 from xenbus.drivers.net.xnb_rx import MulticastFilter
-from xenbus.errors import DeadlineError, HypervisorError, PeerError, UsageError
+from xenbus.errors import DeadlineError, HypervisorError, LinkDown, PeerError, StoreError, UsageError
 from xenbus.xenstore.client import Watch
 
 # Seconds for mappings under way to end when the front goes, and for the front to go when we are detached:
@@ -158,22 +158,14 @@ class Xnb(XenbusDriver):
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         cable = self.cable
-
-        def of_port() -> str:
-            port = cable.port
-            said = " ".join(f"{key}={value}" for key, value in port.counters().items()) if port else ""
-            return f"{port.name} {said}".strip() if port else ""
-
         return {
             "mac": lambda: mac_text(self.mac) if self.mac is not None else "",
             "mtu": lambda: self.mtu,
-            "port": of_port,
             "carrier": lambda: int(cable.connected and cable.carrier),
             "queues": lambda: len(self._links),
-            "waiting": lambda: cable.waiting,
             "multicast_control": lambda: int(self.multicast.on),
             "multicast_groups": lambda: len(self.multicast.groups),
-            **self.counters.leaves(),
+            **cable.leaves(),
         }
 
     # -- what the toolstack's nodes name
@@ -278,7 +270,7 @@ class Xnb(XenbusDriver):
             await self._start()
             for link in self._links:
                 link.kick_front()
-            self._port_changed(self.cable.carrier)
+            await self._tell_carrier()
 
     async def _front_parameters(self) -> Parameters:
         """What the front published, or PeerError that names what is wrong with it."""
@@ -364,7 +356,10 @@ class Xnb(XenbusDriver):
         self.dev.spawn(self._read_multicast(), name=f"{self.dev.nameunit} looks at its filter")
 
     async def _read_multicast(self) -> None:
-        said = await self.dev.otherend_read_opt(MULTICAST_KEY)
+        try:
+            said = await self.dev.otherend_read_opt(MULTICAST_KEY)
+        except (StoreError, LinkDown):
+            return  # the watch fired because its whole node went
         if self._links:
             self.multicast.on = said == "1"
 
@@ -372,4 +367,10 @@ class Xnb(XenbusDriver):
         """netif.h, "Link state": a front may look at it."""
         dev = self.dev
         if self._links and dev.state is XenbusState.CONNECTED:
-            dev.spawn(dev.write("carrier", int(up)), name=f"{dev.nameunit} tells its carrier")
+            dev.spawn(self._tell_carrier(), name=f"{dev.nameunit} tells its carrier")
+
+    async def _tell_carrier(self) -> None:
+        try:
+            await self.dev.write("carrier", int(self.cable.carrier))
+        except DeviceGone:
+            pass

@@ -12,8 +12,6 @@ from typing import Final
 from xenbus.drivers.net import netif, offers
 from xenbus.errors import UsageError
 
-MAX_QUEUES: Final = 16
-
 
 @dataclass(slots=True, frozen=True)
 class Option:
@@ -27,7 +25,7 @@ class Option:
 
 
 OPTIONS: Final = (
-    Option("max_queues", "xnb-max-queues", 1, MAX_QUEUES),
+    Option("max_queues", "xnb-max-queues", 1, netif.MAX_QUEUES),
     Option("split_event_channels", "xnb-split-event-channels"),
     Option("sg", "xnb-sg"),
     Option("csum", "xnb-csum"),

@@ -178,6 +178,14 @@ class MappedPages:
     def store(self, packets: Sequence[tuple[Sequence[Piece], Buffer]]) -> list[bool]:
         where, done, refused = self._where, [], False
         for packet, data in packets:
+            if len(packet) == 1:
+                ref, offset, length = packet[0]
+                page = where.get(ref)
+                if page is not None:
+                    page[offset : offset + length] = data
+                refused = refused or page is None
+                done.append(page is not None)
+                continue
             pages = [where.get(ref) for ref, _, _ in packet]
             if None in pages:
                 refused = True

@@ -159,7 +159,8 @@ class TxQueue:
         """Copy, answer, deliver."""
         packets: list[Packet] = []
         octets = 0
-        for chain, data in zip(good, self._pages.fetch([chain.pieces for chain in good]), strict=True):
+        fetched = self._pages.fetch([chain.pieces for chain in good]) if good else []
+        for chain, data in zip(good, fetched, strict=True):
             if data is None:
                 chain.wrong = BadPacket("copy", f"a page of a packet may not be read: {chain.pieces}")
                 continue

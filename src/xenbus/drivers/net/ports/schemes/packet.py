@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from xenbus.drivers.net.packet import ALL, MAX_MTU, PLAIN, End, Link, Packet
+from xenbus.drivers.net.packet import ALL, PLAIN, End, Link, Packet
 from xenbus.drivers.net.ports.registry import Target, port_scheme
 from xenbus.errors import DeadlineError, LinkDown, UsageError
 
@@ -23,12 +23,15 @@ PATIENCE: Final = 30.0
 
 
 class PacketPort:
-    """offloads: False, whatever `get` gives is a plain frame; True, it may be a Packet of any kind."""
+    """offloads: False, whatever `get` gives is a plain frame; True, it may be a Packet of any kind.
+
+    Its MTU is that of the device.
+    """
 
     name = "packet"
 
-    def __init__(self, *, offloads: bool = False, mtu: int = MAX_MTU) -> None:
-        self._own = Link(ALL if offloads else PLAIN, mtu)
+    def __init__(self, *, offloads: bool = False) -> None:
+        self._offloads = ALL if offloads else PLAIN
         self._driver: End | None = None
         self._received: deque[Packet] = deque()
         self._octets = 0
@@ -106,7 +109,7 @@ class PacketPort:
 
     def start(self, driver: End) -> None:
         self._driver = driver
-        driver.link(self._own)
+        driver.link(Link(self._offloads))
 
     def send(self, packets: Sequence[Packet]) -> int:
         for packet in packets:
@@ -127,6 +130,8 @@ class PacketPort:
     def link(self, link: Link | None) -> None:
         self.peer = link
         self._full = False
+        if link is not None and self._driver is not None:
+            self._driver.link(Link(self._offloads, link.mtu))
         self._wake(self._wakes_put)
 
     async def close(self) -> None:
