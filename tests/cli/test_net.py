@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.support import netlab
 from tests.support.hosts import Site, up
+from tests.support.station import Station
 
 from xenbus.cli.demo.stage import differences
 from xenbus.cli.main import run
@@ -147,6 +150,47 @@ def test_domains_that_are_not_there(xenbus):
 def test_written_and_not_waited_for(xenbus):
     attach(xenbus, "g", "--no-wait", "--switch", "other")
     assert xenbus("detach", "g/vif0") == (0, "", "")
+
+
+async def through_a_host() -> dict[str, str]:
+    """As root of a user namespace: two kernels' stacks, a guest's process and domain 0's between them."""
+    with up() as host:
+        os.environ["XENBUS_DIR"] = str(host.root)
+        capture = host.root / "vif.pcapng"
+        async with Station() as one, Station() as two:
+
+            def command(*words: str) -> dict[str, Any]:
+                done = subprocess.run(
+                    [sys.executable, "-m", "xenbus", *words], capture_output=True, text=True, timeout=20
+                )
+                assert done.returncode == 0, done.stderr
+                return json.loads(done.stdout or "{}")
+
+            command("domain", "create", "g", "--json")
+            front = f"tap:eth0?up=0&mac=guest&netns={one.netns}"
+            back = f"far0?up=0&netns={two.netns}&capture={capture}"
+            made = command("attach", "net", "--domain", "g", "--front", front, "--tap", back, "--json")
+            link = await one.ask("up", device="eth0", address="10.0.0.1")
+            assert link["mac"] == made["mac"]
+            await two.ask("up", device="far0", address="10.0.0.2")
+            assert await one.ask("ping", host="10.0.0.2") == 3
+            for here, there, address in ((one, two, "10.0.0.2"), (two, one, "10.0.0.1")):
+                port = await there.ask("listen")
+                sent = await here.ask("push", host=address, port=port, size=4 << 20)
+                assert (await there.ask("heard"))["sha256"] == sent
+            said = command("sysctl", "Domain-0/dev.xnb.0", "--json")["Domain-0"]
+            command("detach", "g/xn0")
+            with pytest.raises(RuntimeError, match="No such device"):
+                await two.ask("link", device="far0")
+        size = capture.stat().st_size
+        return {key: str(value) for key, value in said.items()} | {"captured": str(size)}
+
+
+def test_two_kernels_through_a_host():
+    said = netlab.run(through_a_host)
+    assert "tap far0" in said["dev.xnb.0.port"]
+    assert int(said["dev.xnb.0.rx_bytes"]) > 4 << 20 and int(said["dev.xnb.0.tx_bytes"]) > 4 << 20
+    assert int(said["captured"]) > 8 << 20
 
 
 def test_completion(xenbus):
