@@ -157,6 +157,59 @@ def net(
     emit(data, as_json, f"vif{paths.devid}: {address}, {paths.front}, served by {paths.back}")
 
 
+@command.command("console")
+@dir_option
+@json_option
+@click.option("--domain", required=True, metavar="NAME", shell_complete=domains, help="Who gets it.")
+@click.option("-n", "--number", type=int, help="Its number there (the lowest free one from 1 on).")
+@click.option("--log", metavar="FILE", help="What the guest says, kept by the back end.")
+@click.option("--log-size", type=int, default=0, help="Bytes of it, and of what came before (1 MiB).")
+@click.option("--no-pty", is_flag=True, help="A log alone: nobody attaches.")
+@click.option("--backend", default="0", metavar="NAME", shell_complete=domains, help="Who serves it.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds.")
+@click.option("--no-wait", is_flag=True, help="Write the nodes and go.")
+def console(
+    directory: Path | None,
+    as_json: bool,
+    domain: str,
+    number: int | None,
+    log: str | None,
+    log_size: int,
+    no_pty: bool,
+    backend: str,
+    timeout: float,
+    no_wait: bool,
+) -> None:
+    """Attach a console, and wait until both ends are Connected. What does not connect is taken away again.
+
+    `xenbus console NAME` is the way in.
+
+    \b
+    Example:
+      xenbus attach console --domain guest --log guest.log --dir /tmp/host
+    """
+    from xenbus.cli.hosts import with_toolstack
+    from xenbus.toolstack.console import ConsoleSpec, free_number
+
+    async def action(toolstack: AnyHost) -> DevicePaths:
+        guest, back = await toolstack.find(domain), await toolstack.find(backend)
+        spec = ConsoleSpec(
+            guest.domid,
+            await free_number(toolstack.store, guest.domid) if number is None else number,
+            "",
+            not no_pty,
+            log,
+            log_size,
+            back.domid,
+            await toolstack.back_type(back, "console"),
+        )
+        return await _attach(toolstack, spec.device(), None if no_wait else timeout)
+
+    paths = with_toolstack(directory, action)
+    data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
+    emit(data, as_json, f"console{paths.devid}: {paths.front}, served by {paths.back}")
+
+
 async def _attach(toolstack: AnyHost, spec: DeviceSpec, timeout: float | None) -> DevicePaths:
     """timeout: None does not wait for the drivers."""
     from xenbus.toolstack.devices import wait_connected, write_device

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "domain": ("domain", "Create, end, suspend and list domains."),
     "attach": ("attach", "Give a domain a device."),
     "detach": ("detach", "Take a device away from a domain."),
+    "console": ("console", "Attach to a guest's console."),
     "tree": ("tree", "Show the device trees of all domains."),
     "sysctl": ("sysctl", "Read variables of the device trees."),
     "nbd": ("nbd", "Export a guest's disk over NBD."),
