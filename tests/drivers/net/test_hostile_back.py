@@ -12,6 +12,7 @@ from tests.support.vif import frame, rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn, netif
 from xenbus.drivers.net.netif import RX_EXTRA_INFO, RX_MORE_DATA
+from xenbus.hypervisor.limits import Limits
 from xenbus.ring.shared import RSP_PROD
 
 S = XenbusState
@@ -216,7 +217,7 @@ def test_without_pages_there_is_no_device_but_an_error():
 
     class Poor(Xn):
         async def _initialise(self):
-            self.dev.hv._machine.limits = type(self.dev.hv._machine.limits)(granted_pages=3)
+            self.dev.hv._machine.limits = Limits(granted_pages=3)
             await super()._initialise()
 
     async def run():
@@ -225,6 +226,36 @@ def test_without_pages_there_is_no_device_but_an_error():
             await until(lambda: r.guest.front.devices)
             await until(lambda: r.front_dev.state in (S.CLOSING, S.CLOSED))
             assert "granting" in await r.error_of(r.fnode)
+            await r.gone()
+
+    asyncio.run(run())
+
+
+def test_with_few_pages_there_are_short_packets():
+    """What will never fit is dropped, and keeps nothing else waiting."""
+
+    class Poor(Xn):
+        async def _initialise(self):
+            self.dev.hv._machine.limits = Limits(granted_pages=1 + 2 + 12)
+            await super()._initialise()
+
+    async def run():
+        async with rig(front=Poor) as r:
+            await r.up(mtu="9000")
+            r.back.cable.stall = 0.05
+            assert [len(pool.pages) for pool in r.front._links[0]._pools] == [8, 4]
+            for back in (False, True):
+                for size in (60, 9014):
+                    for n in range(30):
+                        assert (await r.exchange(frame(size, n), back=back)).data == frame(size, n)
+            await r.near.put(Packet(frame(65535), True, True, Gso.TCPV4, 1448))
+            assert (await r.exchange(frame(61))).data == frame(61)
+            assert r.front.counters.tx_errors == 1
+            await r.far.put(Packet(frame(20000), True, True, Gso.TCPV4, 1448))
+            for n in range(30):
+                assert (await r.exchange(frame(62, n), back=True)).data == frame(62, n)
+            assert r.back.counters.tx_stalls == 1
+            assert r.back.counters.tx_dropped == 1
             await r.gone()
 
     asyncio.run(run())

@@ -23,6 +23,7 @@ from xenbus.drivers.net.netif import (
 from xenbus.ring.shared import REQ_PROD
 
 S = XenbusState
+pytestmark = pytest.mark.usefixtures("either_way")
 
 
 async def still_serves(r, front):
@@ -241,6 +242,56 @@ def test_a_ring_that_is_never_refilled():
         await r.far.put(frame(62))
         await until(lambda: len(front.received) == 4)
         await still_serves(r, front)
+
+    with_raw_front(check)
+
+
+def test_a_long_packet_waits_for_all_its_pages():
+    """They come in portions: it goes once there are enough, and not before."""
+
+    async def check(r, front):
+        packet = Packet(frame(65535), True, True, Gso.TCPV4, 1448)
+        task = asyncio.ensure_future(r.far.put(packet))
+        for page in range(17):
+            assert not front.received
+            front.post(page)
+            if front.rx.push_requests():  # as a good front: only where it is asked for
+                front.channel.notify()
+            await until(lambda page=page: len(r.back._links[0].rx._posted) == page + 1 or front.received)
+        await task
+        await until(lambda: len(front.received) == 17)
+        got = [bytes(front.data.view[n * 4096 : (n + 1) * 4096]) for n in range(17) if n != 1]
+        assert b"".join(got)[:65535] == frame(65535)
+
+    with_raw_front(check)
+
+
+def test_a_whole_ring_of_long_packets_in_one_call():
+    """More bytes than one grant copy has room for."""
+
+    async def check(r, front):
+        for n in range(256):
+            front.post(n % DATA_PAGES)
+        front.push()
+        await until(lambda: len(r.back._links[0].rx._posted) == 256)
+        packets = [Packet(frame(65535, n), True, True, Gso.TCPV4, 1448) for n in range(15)]
+        assert r.far.put_many(packets) == 15
+        await until(lambda: len(front.received) == 255)
+        assert r.back.counters.tx_packets == 15
+
+    with_raw_front(check)
+
+
+def test_what_comes_while_pages_are_brought_does_not_overtake():
+    async def check(r, front):
+        await still_serves(r, front)  # page 0 is known from here on
+        tx = r.back._links[0].tx
+        front.data.view[4096 : 4096 + 61] = frame(61)
+        for page, size in ((1, 61), (0, 60)):
+            front.put(size, page=page)
+            front.push()
+            tx.kick()
+        assert [len((await r.far.get(5)).data) for _ in range(2)] == [61, 60]
 
     with_raw_front(check)
 

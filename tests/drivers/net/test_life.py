@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.support.raw_vif import RawFront, with_raw_front
+from tests.support.split import settle
 from tests.support.until import until
 from tests.support.vif import MAC, frame, rig, with_rig
 
@@ -135,9 +137,9 @@ def test_a_back_end_that_always_closes_is_not_asked_for_ever():
     async def run():
         async with rig(back=Sulks) as r:
             await r.plug()
-            await until(lambda: Sulks.tries)
+            await until(lambda: Sulks.tries == 6)
             await r.states(S.CLOSED, S.CLOSED)
-            await asyncio.sleep(0.05)
+            await settle(r.guest, r.dom0)
             assert Sulks.tries == 6
             assert r.front_dev.state is S.CLOSED
             await r.gone()
@@ -173,6 +175,73 @@ def test_a_back_end_that_begins_anew():
         await works(r)
 
     with_rig(check)
+
+
+def test_a_state_that_is_written_once_more_means_nothing():
+    async def check(r):
+        links = r.front._links[0], r.back._links[0]
+        for node in (r.fnode, r.bnode):
+            await r.world.tool.write(f"{node}/state", "4")
+            await settle(r.guest, r.dom0)
+        assert (r.front._links[0], r.back._links[0]) == links
+        await works(r)
+
+    with_rig(check)
+
+
+def test_a_back_end_that_comes_back_later():
+    """It closed with `online` 0, so that nobody waits for it; then a toolstack arms it again."""
+
+    async def check(r):
+        near = r.near
+        await r.toolstack_close()
+        await r.states(S.CLOSED, S.CLOSED)
+        await settle(r.guest, r.dom0)
+        assert r.front_dev.state is S.CLOSED
+        await r.world.tool.write(f"{r.bnode}/online", "1")
+        await rearm(r, r.bnode)
+        await until(lambda: near.peer is not None)
+        await r.connected()
+        assert r.near is near
+        await works(r)
+
+    with_rig(check)
+
+
+def test_a_front_end_that_goes_back_and_stays_there():
+    """Its rings are let go of at once, not only when it comes again."""
+
+    class Once(RawFront):
+        begun = 0
+
+        async def initialise(self):
+            type(self).begun += 1
+            if self.begun == 1:
+                await super().initialise()
+
+    async def check(r, front):
+        await rearm(r, r.fnode)
+        await until(lambda: Once.begun == 2)
+        await until(lambda: r.back_dev.state is S.INIT_WAIT)
+        await until(lambda: not r.dom0.hv.held().mapped_pages)
+        assert r.far.peer is None
+
+    with_raw_front(check, front=Once)
+
+
+def test_nothing_is_left_in_the_store_of_an_earlier_connection():
+    async def check(r):
+        old = {"queue-0", "queue-1", "multi-queue-num-queues"}
+        assert old <= set(await r.world.tool.directory(r.fnode))
+        r.front._wanted_queues = 1
+        near = r.near
+        await r.world.tool.write(f"{r.bnode}/state", "5")
+        await until(lambda: near.peer is None)
+        await r.connected()
+        assert not old & set(await r.world.tool.directory(r.fnode))
+        await works(r)
+
+    with_rig(check, xn_max_queues="2")
 
 
 def test_suspend_that_is_cancelled():

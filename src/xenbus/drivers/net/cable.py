@@ -1,7 +1,7 @@
 """A net driver's end of the cable to its port: packets off the rings to it, its packets onto the rings.
 
-Knows packets, the port, and its rings as lanes; knows no store, no states, no slots. Holds at most what one
-call brought, in either direction: who sent more waits for `ready`.
+Knows packets, the port, and its rings as lanes; knows no store, no states, no slots. Holds a batch in either
+direction at most: who sent more waits for `ready`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from xenbus.drivers.net.packet import ALL, ETH_DATA_LEN, ETH_HLEN, VLAN_HLEN, Gs
 STALL: Final = 10.0
 # The same where other rings' packets wait behind it.
 STALL_SHARED: Final = 0.25
+# Packets that are spread over several rings at a time: as many may have to wait here for one of those.
+PORTION: Final = 64
 
 
 class Lane(Protocol):
@@ -172,7 +174,10 @@ class Cable:
             self.counters.tx_dropped += len(packets)
             return len(packets)
         if len(lanes) > 1:
-            self._spread(packets)
+            for start in range(0, len(packets), PORTION):
+                if self._waiting:
+                    return start
+                self._spread(packets[start : start + PORTION])
             return len(packets)
         lane = lanes[0]
         taken = lane.send(packets)

@@ -52,18 +52,14 @@ class Pool:
     def can_grow(self) -> bool:
         return len(self.pages) < self.limit
 
-    async def grow(self, wanted: int = 0) -> None:
-        """By as many pages as there are, FIRST or `wanted` at least. When there are none to be had that
-        was the last time; HypervisorError if there is not one in the pool."""
-        count = min(self.limit - len(self.pages), max(FIRST, wanted, len(self.pages)))
+    async def grow(self) -> None:
+        """By as many pages as there are, at least FIRST. Where there are fewer to be had it takes those, and
+        that was the last time; HypervisorError if there is not one in the pool."""
+        count = min(self.limit - len(self.pages), max(FIRST, len(self.pages)))
         if count <= 0:
             return
-        try:
-            chunk = await self._alloc(count)
-        except HypervisorError:
-            self.limit = len(self.pages)
-            if not self.pages:
-                raise
+        chunk = await self._chunk(count)
+        if chunk is None:
             return
         if self._closed:
             await self._revoke(chunk)
@@ -73,6 +69,24 @@ class Pool:
             page = Page(len(self.pages), ref, chunk.view[n * PAGE_SIZE : (n + 1) * PAGE_SIZE])
             self.pages.append(page)
             self.free.append(page)
+
+    async def _chunk(self, count: int) -> GrantedPages | None:
+        """So many pages, or half of them, or a quarter..."""
+        wanted = count
+        while True:
+            try:
+                chunk = await self._alloc(count)
+            except HypervisorError:
+                count >>= 1
+                if count:
+                    continue
+                self.limit = len(self.pages)
+                if not self.pages:
+                    raise
+                return None
+            if count < wanted:
+                self.limit = len(self.pages) + count
+            return chunk
 
     def release(self) -> None:
         """Let go of every view; nothing may be taken any more."""

@@ -238,15 +238,15 @@ class Xnb(XenbusDriver):
         """The rings are served from here on."""
         dev, agreed = self.dev, self.dev.features
         assert agreed is not None
-        if self._options.dynamic and self._watch is None:
-            path = f"{dev.otherend_path}/{MULTICAST_KEY}"
-            self._watch = await dev.watch(path, lambda _: self._look_at_multicast())
+        for link in self._links:
+            link.start()
         self.cable.up(
             [link.rx for link in self._links if link.rx is not None],
             offers.link_of(agreed, self.mtu, self.mac),
         )
-        for link in self._links:
-            link.start()
+        if self._options.dynamic and self._watch is None:
+            path = f"{dev.otherend_path}/{MULTICAST_KEY}"
+            self._watch = await dev.watch(path, lambda _: self._look_at_multicast())
 
     async def _take_over(self) -> None:
         """The kernel may still be at the former process's end: its ports are bound until then."""
