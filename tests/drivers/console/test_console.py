@@ -5,7 +5,7 @@ import random
 import stat
 
 import pytest
-from tests.support.consoles import Rig, log_of, rig
+from tests.support.consoles import Operator, Rig, log_of, rig
 from tests.support.until import descriptors, until
 
 from xenbus.bus import Settings, Side, XenbusDriver
@@ -15,6 +15,7 @@ from xenbus.drivers.console.consif import LIMIT, ConsoleRing
 from xenbus.drivers.console.stream import BUFFER
 from xenbus.drivers.console.terminal import TYPED_MAX
 from xenbus.errors import DeadlineError, LinkDown
+from xenbus.toolstack.console import ConsoleSpec
 from xenbus.toolstack.devices import DeviceFailed, detach_device, wait_connected, write_device
 
 
@@ -493,6 +494,56 @@ def test_a_front_that_flooded_is_listened_to_when_the_time_is_over(monkeypatch):
         await until(lambda: made.back.rx_bytes == 17)
 
     run(test, Liar)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_front_writes_into_its_page(seed):
+    """Bytes, indices and kicks by chance: it goes on, or the device is closed with an error node; no more."""
+    dice = random.Random(seed)
+
+    async def test(made: Rig):
+        for _ in range(25):
+            await made.connected()
+            liar = made.front
+            for _ in range(dice.randrange(1, 30)):
+                at = dice.choice((3072, 3076, 3080, 3084, dice.randrange(0, 4092, 4)))
+                value = dice.choice((dice.randrange(4096), dice.getrandbits(32), 0, 1 << 31))
+                liar.page.view[at : at + 4] = value.to_bytes(4, "little")
+                liar.channel.notify()
+                await asyncio.sleep(0)
+            await until(lambda: made.back_dev.mailbox.idle and made.back_dev.state in (S.CONNECTED, S.CLOSED))
+            if made.back_dev.state is S.CLOSED:
+                error = "/local/domain/0/error/backend/console/1/1/error"
+                assert "apart in a ring" in await made.world.tool.read_str(error)
+            await made.gone()
+
+    run(test, Liar)
+
+
+def test_a_console_that_is_stuck_is_no_other_devices_matter():
+    """A guest that reads none of it, and an operator who reads none: a second console goes on."""
+
+    async def test(made: Rig):
+        await made.connected()
+        other = ConsoleSpec(1, 2).device()
+        await write_device(made.world.tool, other)
+        await wait_connected(made.world.tool, other.paths, 5)
+        with made.operator() as stuck:
+            while stuck.type(bytes(1000)) or made.stream.room():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await made.stream.write(bytes(2 * BUFFER))
+            stream = made.guest.front.devices["device/console/2"].driver.stream
+            path = await made.world.tool.read_str(f"{other.paths.back}/tty")
+            with Operator(path) as operator:
+                for _ in range(50):
+                    await stream.write(b"question ")
+                    await operator.see(b"question ")
+                    operator.type(b"answer")
+                    assert await stream.read() == b"answer"
+        await detach_device(made.world.tool, other.paths)
+        await made.gone()
+
+    run(test)
 
 
 class LyingBack(XenbusDriver):
