@@ -228,6 +228,14 @@ class BackRing(SharedRing):
         """The slot from `response_offset()` is filled. The peer sees it after `push_responses()`."""
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & MASK
 
+    def claim_response(self) -> int:
+        """`response_offset` and `commit_response` in one: fill the slot before `push_responses`."""
+        prod = self.rsp_prod_pvt
+        if prod == self.req_cons:
+            raise UsageError("a response without a request")
+        self.rsp_prod_pvt = (prod + 1) & MASK
+        return (prod & self.slot_mask) * self.slot_size
+
     def put_response(self, data: Bytes) -> None:
         """Copy one response, at most a slot long. UsageError if every request taken is answered already."""
         if len(data) > self.slot_size:

@@ -185,7 +185,11 @@ class RxQueue:
                 and ident == slot
             ):
                 data = bytes(page.view[offset : offset + size])
-                packets.append(Packet(data, flags > RX_DATA_VALIDATED, flags & RX_DATA_VALIDATED != 0))
+                packets.append(
+                    Packet(data, flags > RX_DATA_VALIDATED, flags & RX_DATA_VALIDATED != 0)
+                    if flags
+                    else Packet(data)
+                )
                 octets += size
                 posted[slot] = None
                 self._post(page)

@@ -18,6 +18,10 @@ from xenbus.hypervisor.memory import Region
 Buffer = bytes | bytearray | memoryview
 # gref, offset, length: within one page, which the caller has checked.
 Piece = tuple[int, int, int]
+# A whole transmit request: gref, offset, flags, id, size.
+Request = tuple[int, int, int, int, int]
+# A packet for one posted page: gref, id, flags, size, bytes.
+Posted = tuple[int, int, int, int, Buffer]
 # Bytes of one batch; the caller's to keep to.
 BUFFER: Final = 512 << 10
 # Pages that stay mapped in one direction of a queue: two rings' worth.
@@ -40,8 +44,16 @@ class Pages(Protocol):
         good until the next call."""
         ...
 
+    def fetch_plain(self, requests: Sequence[Request]) -> list[Buffer] | None:
+        """The same for packets of one piece each. None: `missing` and `fetch` have to see them."""
+        ...
+
     def store(self, packets: Sequence[tuple[Sequence[Piece], Buffer]]) -> list[bool]:
         """Each packet's bytes into its pieces. False where a page may not be written."""
+        ...
+
+    def store_plain(self, packets: Sequence[Posted]) -> bool:
+        """The same for packets of one piece each. False: not all of them; `store` says which."""
         ...
 
     async def close(self) -> None: ...
@@ -82,10 +94,30 @@ class CopiedPages:
             found.append(bytes(view[:size]) if done else None)
         return found
 
+    def fetch_plain(self, requests: Sequence[Request]) -> list[Buffer] | None:
+        pieces = [(ref, offset, size) for ref, offset, _, _, size in requests]
+        if not self._copier.copy_run(self._domid, pieces, self._region, to_remote=False):
+            return None
+        view, at = self._region.view, 0
+        found: list[Buffer] = []
+        for _, _, size in pieces:
+            found.append(view[at : at + size])
+            at += size
+        return found
+
     def store(self, packets: Sequence[tuple[Sequence[Piece], Buffer]]) -> list[bool]:
         if self._store(packets):
             return [True] * len(packets)
         return [self._store((packet,)) for packet in packets]
+
+    def store_plain(self, packets: Sequence[Posted]) -> bool:
+        view, at = self._region.view, 0
+        pieces: list[Piece] = []
+        for ref, _, _, size, data in packets:
+            view[at : at + size] = data
+            at += size
+            pieces.append((ref, 0, size))
+        return self._copier.copy_run(self._domid, pieces, self._region, to_remote=True)
 
     def _store(self, packets: Sequence[tuple[Sequence[Piece], Buffer]]) -> bool:
         view, at = self._region.view, 0
@@ -175,6 +207,14 @@ class MappedPages:
             self.forget_refused()
         return found
 
+    def fetch_plain(self, requests: Sequence[Request]) -> list[Buffer] | None:
+        where = self._where
+        try:
+            # Of a page that was refused, which is None, there is no slice.
+            return [bytes(where[ref][at : at + size]) for ref, at, _, _, size in requests]  # type: ignore[index]
+        except (KeyError, TypeError):
+            return None
+
     def store(self, packets: Sequence[tuple[Sequence[Piece], Buffer]]) -> list[bool]:
         where, done, refused = self._where, [], False
         for packet, data in packets:
@@ -200,6 +240,15 @@ class MappedPages:
         if refused:
             self.forget_refused()
         return done
+
+    def store_plain(self, packets: Sequence[Posted]) -> bool:
+        where = self._where
+        try:
+            for ref, _, _, size, data in packets:
+                where[ref][:size] = data  # type: ignore[index]
+        except (KeyError, TypeError):
+            return False
+        return True
 
     async def _drop(self) -> None:
         for view in self._where.values():

@@ -26,7 +26,7 @@ from xenbus.drivers.net.netif import (
     RX_RESPONSE,
 )
 from xenbus.drivers.net.packet import ETH_HLEN, Gso, Link, Packet
-from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece
+from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece, Posted
 from xenbus.errors import PeerError
 from xenbus.hypervisor.interface import Channel
 from xenbus.ring.shared import BackRing
@@ -189,8 +189,7 @@ class RxQueue:
             counters.tx_dropped += len(packets)
             return len(packets)
         filters = self._multicast.on
-        out: list[tuple[Sequence[Piece], Buffer]] = []
-        answers: list[_Answer] = []
+        plain: list[Posted] = []  # a run of packets of one page each
         taken = room = 0
         for packet in packets:
             data = packet.data
@@ -202,25 +201,24 @@ class RxQueue:
                     break
                 ident, ref = posted.popleft()
                 flags = 3 if packet.csum_blank else RX_DATA_VALIDATED if packet.data_validated else 0
-                out.append((((ref, 0, size),), data))
-                answers.append(((ident, flags, size),))
+                plain.append((ref, ident, flags, size, data))
                 room += size
+                if room > BUFFER - PAGE_SIZE:
+                    self._finish_plain(plain)
+                    plain, room = [], 0
             elif why := unfit(packet, self._link):
                 counters.bad_tx("length", why)
             else:
                 slots = netif.data_slots(size) + bool(packet.gso)
                 if not self._room_for(slots):
                     break
+                self._finish_plain(plain)
+                plain, room = [], 0
                 pieces, answer = self._long(packet, slots)
-                out.append((pieces, data))
-                answers.append(answer)
-                room += size
+                self._finish(((pieces, data),), (answer,))
             taken += 1
-            if room > BUFFER - (1 << 16):
-                self._finish(out, answers)
-                out, answers, room = [], [], 0
-        if out:
-            self._finish(out, answers)
+        self._finish_plain(plain)
+        self._push()
         if taken < len(packets) and (not self._kicked or self._over):
             # netif.h: who does not announce feature-rx-notify may never say that there is room again.
             counters.tx_dropped += len(packets) - taken
@@ -252,21 +250,42 @@ class RxQueue:
         return pieces, tuple(answer)
 
     def _finish(self, out: Sequence[tuple[Sequence[Piece], Buffer]], answers: Sequence[_Answer]) -> None:
-        """Copy, answer, notify."""
+        """Copy, answer."""
         ring, counters, pack = self._ring, self._counters, RX_RESPONSE.pack_into
         slots = ring.slots
+        sent = octets = 0
         for (_, data), done, answer in zip(out, self._pages.store(out), answers, strict=True):
             if done:
-                counters.tx_packets += 1
-                counters.tx_bytes += len(data)
+                sent += 1
+                octets += len(data)
             else:
                 counters.bad_tx("copy", "a page that the guest posted may not be written")
             for ident, flags, size in answer:
-                at = ring.response_offset()
+                at = ring.claim_response()
                 if ident < 0:
                     slots[at : at + EXTRA_SIZE] = netif.gso_extra(Gso(flags), size)
                 else:
                     pack(slots, at, ident, 0, flags, size if done else NETIF_RSP_ERROR)
-                ring.commit_response()
-        if ring.push_responses() and self._channel is not None:
+        counters.tx_packets += sent
+        counters.tx_bytes += octets
+
+    def _finish_plain(self, packets: Sequence[Posted]) -> None:
+        """The same for packets of one page each."""
+        if not packets:
+            return
+        if not self._pages.store_plain(packets):
+            self._finish(
+                [(((ref, 0, size),), data) for ref, _, _, size, data in packets],
+                [((ident, flags, size),) for _, ident, flags, size, _ in packets],
+            )
+            return
+        ring, pack, octets = self._ring, RX_RESPONSE.pack_into, 0
+        for _, ident, flags, size, _ in packets:
+            pack(ring.slots, ring.claim_response(), ident, 0, flags, size)
+            octets += size
+        self._counters.tx_packets += len(packets)
+        self._counters.tx_bytes += octets
+
+    def _push(self) -> None:
+        if self._ring.push_responses() and self._channel is not None:
             self._channel.notify()

@@ -16,12 +16,14 @@ from xenbus.drivers.net.netif import (
     NETIF_RSP_ERROR,
     NETIF_RSP_NULL,
     NETIF_RSP_OKAY,
+    PAGE_SIZE,
     TX_CSUM_BLANK,
     TX_DATA_VALIDATED,
+    TX_REQUEST,
     TX_RESPONSE,
     BadPacket,
 )
-from xenbus.drivers.net.packet import Packet
+from xenbus.drivers.net.packet import ETH_HLEN, Packet
 from xenbus.drivers.net.xnb_chain import EXTRA, Chain, split
 from xenbus.drivers.net.xnb_pages import Buffer, Pages
 from xenbus.errors import PeerError
@@ -106,11 +108,7 @@ class TxQueue:
         while True:
             slots = ring.take_request_slots(BATCH)
             if slots:
-                if self._rest:
-                    slots = self._rest + slots
-                chains, end = split(slots)
-                self._rest = slots[end:]
-                if not self._serve(chains):
+                if (self._rest or not self._plain(slots)) and not self._chains(self._rest + slots):
                     return
                 if self._stopped or self._cable.blocked:
                     return
@@ -128,8 +126,37 @@ class TxQueue:
         self._scheduled = False
         self.kick()
 
-    def _serve(self, chains: Sequence[Chain]) -> bool:
-        """False: their pages are to be mapped first, and a task goes on from there."""
+    def _plain(self, slots: bytes) -> bool:
+        """Packets of one slot each, as most are, with pages that are known. False: nothing was done."""
+        requests = list(TX_REQUEST.iter_unpack(slots))
+        limit = min(PAGE_SIZE, self._cable.limit)
+        for _, offset, flags, _, size in requests:
+            if flags > 3 or not ETH_HLEN <= size <= limit or offset + size > PAGE_SIZE:
+                return False
+        fetched = self._pages.fetch_plain(requests)
+        if fetched is None:
+            return False
+        packets: list[Packet] = []
+        ring, pack, octets = self._ring, TX_RESPONSE.pack_into, 0
+        for data, (_, _, flags, ident, size) in zip(fetched, requests, strict=True):
+            packets.append(
+                Packet(data, flags & TX_CSUM_BLANK != 0, flags & TX_DATA_VALIDATED != 0)
+                if flags
+                else Packet(data)
+            )
+            octets += size
+            pack(ring.slots, ring.claim_response(), ident, NETIF_RSP_OKAY)
+        self._counters.rx_packets += len(packets)
+        self._counters.rx_bytes += octets
+        if ring.push_responses() and self._channel is not None:
+            self._channel.notify()
+        self._cable.deliver(packets)
+        return True
+
+    def _chains(self, slots: bytes) -> bool:
+        """Packets of any kind. False: their pages are to be mapped first, and a task goes on from there."""
+        chains, end = split(slots)
+        self._rest = slots[end:]
         limit = self._cable.limit
         for chain in chains:
             if chain.size > limit and not chain.gso and chain.wrong is None:
@@ -184,7 +211,6 @@ class TxQueue:
 
     def _answer(self, chains: Sequence[Chain]) -> None:
         ring, pack = self._ring, TX_RESPONSE.pack_into
-        slots = ring.slots
         for chain in chains:
             status = NETIF_RSP_OKAY
             if chain.wrong is not None:
@@ -194,11 +220,10 @@ class TxQueue:
             elif chain.groups:
                 self._on_groups(chain.groups)
             for ident in chain.idents:
-                at = ring.response_offset()
+                at = ring.claim_response()
                 if ident == EXTRA:
-                    pack(slots, at, 0, NETIF_RSP_NULL)
+                    pack(ring.slots, at, 0, NETIF_RSP_NULL)
                 else:
-                    pack(slots, at, ident, status)
-                ring.commit_response()
+                    pack(ring.slots, at, ident, status)
         if ring.push_responses() and self._channel is not None:
             self._channel.notify()
