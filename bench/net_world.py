@@ -174,7 +174,26 @@ def stream(left: Namespace, right: Namespace, seconds: float) -> float:
         os.close(writing)
 
 
-# -- the ways
+def cpu_of(parent: int, seconds: float) -> float:
+    """Milliseconds of CPU a second that a process and its children take while nobody asks for anything."""
+
+    def family() -> list[Path]:
+        found = [parent]
+        for number in found:
+            children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+            found += [int(child) for child in children]
+        return [task for number in found for task in Path(f"/proc/{number}/task").iterdir()]
+
+    def spent() -> int:
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in family())
+
+    time.sleep(_SETTLE)
+    before, began = spent(), time.perf_counter()
+    time.sleep(seconds)
+    return (spent() - before) / 1e6 / (time.perf_counter() - began)
+
+
+# -- the ways: each gives the right's device
 
 
 @contextmanager
@@ -290,7 +309,9 @@ def pair(left: Namespace, right: Namespace) -> Iterator[str]:
             f"{name}?up=0&netns={where.path}" for name, where in (("left", left), ("right", right))
         )
         xenbus("attach", "net", "--domain", "g", "--front", f"tap:{front}&mac=guest", "--tap", back)
+        _hosts.append(host.pid)
         yield "right"
+        _hosts.clear()
         xenbus("detach", "g/vif0")
     finally:
         host.send_signal(signal.SIGTERM)
@@ -298,6 +319,7 @@ def pair(left: Namespace, right: Namespace) -> Iterator[str]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+_hosts: list[int] = []  # of the pair, while it stands
 WAYS = {"veth": veth, "copier": copier, "ports": ports, "pair": pair}
 
 
@@ -316,6 +338,8 @@ def main() -> None:
                     "packets": packets(left, right, device, seconds),
                     "bytes": stream(left, right, seconds),
                 }
+                if _hosts:
+                    found[name]["idle"] = cpu_of(_hosts[0], seconds)
         finally:
             left.close()
             right.close()
