@@ -33,8 +33,8 @@ def command(
 
     Types that Linux has drivers for (`vbd`, `vif`, ...) are left to those, unless --claim takes them; disks,
     network devices and consoles are served under types of ours beside them (`xbbd`, `xnb`, `xcb`). SIGTERM
-    closes the devices in order; SIGUSR1 leaves them as they are, and the next `xenbus serve` goes on with them,
-    as it does after a crash.
+    closes the devices in order; SIGUSR1 leaves them as they are, and the next `xenbus serve` goes on with
+    them, as it does after a crash.
 
     \b
     Example:
