@@ -220,13 +220,17 @@ async def pressure():
         await one.ask("inject", device="left", count=200)
         await until(lambda: driver.batches)
         await one.ask("inject", device="left", count=200, first=200)
-        tried = len(driver.batches)
-        for _ in range(3):  # nothing is offered until `ready`, whatever the kernel has
-            driver.room += 10
-            await asyncio.sleep(0)
+        for _ in range(3):
+            await until(lambda: port._rest)
+            tried = len(driver.batches)
+            driver.room = 10
+            for _ in range(5):
+                await asyncio.sleep(0)
+            # Nothing is offered until `ready`, whatever the kernel has.
+            assert len(driver.batches) == tried and not port._reading
             port.ready()
             assert driver.room == 0 or not port._rest
-        assert len(driver.batches) == tried + 3
+            driver.room = 0
         driver.room = 1 << 30
         port.ready()
         await until(lambda: len(numbers(driver)) >= 400)
