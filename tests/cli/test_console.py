@@ -76,6 +76,13 @@ def guest(host, xenbus):
     return Guest(host)
 
 
+def gone(xenbus):
+    """The guest's bus hears of a removal in its own time."""
+    end = time.monotonic() + PATIENCE
+    while "console" in (text := xenbus("tree", "g")[1]):
+        assert time.monotonic() < end, text
+
+
 class Window:
     """A terminal window with `xenbus console` in it."""
 
@@ -147,9 +154,7 @@ def test_attach_tree_sysctl_detach(xenbus, tmp_path):
     assert said["dev.xcb.0.log"] == str(log) and said["dev.xcb.0.tty"].startswith("/dev/pts/")
     assert xenbus("detach", "g/xc1") == (0, "", "")
     assert xenbus("detach", "g/console2") == (0, "", "")
-    end = time.monotonic() + PATIENCE
-    while "console" in xenbus("tree", "g")[1]:  # the guest's bus hears of it in its own time
-        assert time.monotonic() < end
+    gone(xenbus)
 
 
 @pytest.mark.slow
@@ -171,7 +176,21 @@ def test_attach_tree_sysctl_detach(xenbus, tmp_path):
 def test_what_is_refused(xenbus, words, code, text):
     got, out, err = xenbus(*words)
     assert (got, out) == (code, "") and text in err
-    assert "console" not in xenbus("tree", "g")[1]
+    gone(xenbus)
+
+
+@pytest.mark.slow
+def test_served_by_a_driver_domain(xenbus, host, tmp_path):
+    """Which may not write into the guest's node, and need not."""
+    assert xenbus("domain", "create", "driver")[0] == 0
+    log = tmp_path / "g.log"
+    code, _, err = xenbus("attach", "console", "--domain", "g", "--backend", "driver", "--log", str(log))
+    assert code == 0, err
+    Guest(host).write(b"from g")
+    assert piped("g", "--idle", "0.3", input=b"to g").stdout == b"from g"
+    assert Guest(host).read(4) == b"to g" and log.read_bytes() == b"from g"
+    assert xenbus("detach", "g/xc1")[0] == 0
+    assert xenbus("domain", "destroy", "driver")[0] == 0
 
 
 # -- in a terminal

@@ -119,6 +119,13 @@ class Talker:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, SIOCBRADDBR, name.encode().ljust(16, b"\0"))
 
+    def inject(self, device: str, count: int, first: int = 0) -> None:
+        """Frames of an experimental type (IEEE 802, 0x88b5) out of a device, numbered from `first` on."""
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.bind((device, 0))
+            for number in range(first, first + count):
+                raw.send(b"\xff" * 6 + b"\x02" + bytes(5) + b"\x88\xb5" + number.to_bytes(46, "big"))
+
     def ping(self, host: str, size: int = 56, count: int = 3) -> int:
         """How many came back, each with what it went with."""
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:

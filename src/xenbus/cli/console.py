@@ -51,10 +51,7 @@ def command(directory: Path | None, number: int | None, escape: str, idle: float
         node = await find_console(toolstack.store, info.domid, number)
         return await _attach(toolstack.store, node, name, key, escape, idle)
 
-    try:
-        ending = with_toolstack(directory, action)
-    except BrokenPipeError:  # click would make a plain failure of it
-        return exits.BROKEN_PIPE
+    ending = with_toolstack(directory, action)
     if ending is Ending.HUNG_UP:
         click.echo(f"{name}: the console has ended", err=True)
     return exits.INTERRUPTED if ending is Ending.INTERRUPTED else exits.Exit.OK

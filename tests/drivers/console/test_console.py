@@ -5,7 +5,7 @@ import random
 import stat
 
 import pytest
-from tests.support.consoles import Rig, log_of, rig
+from tests.support.consoles import Operator, Rig, log_of, rig
 from tests.support.until import descriptors, until
 
 from xenbus.bus import Settings, Side, XenbusDriver
@@ -13,7 +13,9 @@ from xenbus.bus import XenbusState as S
 from xenbus.drivers.console import Xc, Xcb, link
 from xenbus.drivers.console.consif import LIMIT, ConsoleRing
 from xenbus.drivers.console.stream import BUFFER
+from xenbus.drivers.console.terminal import TYPED_MAX
 from xenbus.errors import DeadlineError, LinkDown
+from xenbus.toolstack.console import ConsoleSpec
 from xenbus.toolstack.devices import DeviceFailed, detach_device, wait_connected, write_device
 
 
@@ -125,6 +127,8 @@ def test_a_guest_that_does_not_read_holds_the_one_who_types():
             # Stream, ring, what the back end keeps, the PTY: nothing else holds any.
             assert typed < BUFFER + 1024 + 4096 + 64 * 1024
             assert made.stream.room() == 0
+            terminal = made.back._terminal
+            assert len(terminal.keys) == TYPED_MAX and not terminal._reading  # the PTY is left alone
             read = b""
             while len(read) < typed:
                 read += await made.stream.read()
@@ -321,6 +325,34 @@ def test_after_a_restore_the_stream_goes_on():
     run(test)
 
 
+def test_what_was_typed_and_not_read_is_there_after_a_restore():
+    """More than the stream holds: the rest was on the page that is lost."""
+
+    async def test(made: Rig):
+        await made.connected()
+        stream, typed = made.stream, random.Random(5).randbytes(BUFFER + 700)
+        with made.operator() as operator:
+            at = 0
+            while at < len(typed):
+                at += operator.type(typed[at : at + 500])
+                await asyncio.sleep(0)
+            await until(lambda: made.back.tx_bytes == len(typed))
+        for bus in made.guest.buses:
+            await bus.suspend()
+        await detach_device(made.world.tool, made.spec.paths, timeout=0.05, force=True)
+        await until(lambda: not made.dom0.back.devices)
+        await write_device(made.world.tool, made.spec)
+        for bus in made.guest.buses:
+            await bus.resume(cancelled=False)
+        await made.both(S.CONNECTED)
+        read = b""
+        while len(read) < len(typed):
+            read += await stream.read(seconds=5)
+        assert read == typed
+
+    run(test)
+
+
 def test_a_back_end_that_goes_and_comes_back():
     """`xenbus serve` ended in order and started anew: the guest's stream goes on, on another page."""
 
@@ -430,25 +462,88 @@ def test_a_front_with_bad_keys(keys):
     run(test, type("Bad", (Liar,), {"keys": keys}))
 
 
-def test_a_front_that_floods_is_throttled_and_the_loop_goes_on(monkeypatch):
-    monkeypatch.setattr(link, "PERIOD", 0.3)
+async def flooded(made):
+    """Until the back end does not listen any more; then something is said."""
+    await made.connected()
+    async with asyncio.timeout(10):
+        while not made.back.sysctl()["throttled"]():
+            made.front.channel.notify()
+            await asyncio.sleep(0)
+    assert made.front.ring.transmit.write(b"and then it spoke") == 17
+    made.front.channel.notify()
+
+
+def test_a_front_that_floods_is_not_listened_to(monkeypatch):
+    monkeypatch.setattr(link, "PERIOD", 1000.0)
+
+    async def test(made: Rig):
+        await flooded(made)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert made.back.rx_bytes == 0
+        await made.gone()
+
+    run(test, Liar)
+
+
+def test_a_front_that_flooded_is_listened_to_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(link, "PERIOD", 0.05)
+
+    async def test(made: Rig):
+        await flooded(made)
+        await until(lambda: made.back.rx_bytes == 17)
+
+    run(test, Liar)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_front_writes_into_its_page(seed):
+    """Bytes, indices and kicks by chance: it goes on, or the device is closed with an error node; no more."""
+    dice = random.Random(seed)
+
+    async def test(made: Rig):
+        for _ in range(25):
+            await made.connected()
+            liar = made.front
+            for _ in range(dice.randrange(1, 30)):
+                at = dice.choice((3072, 3076, 3080, 3084, dice.randrange(0, 4092, 4)))
+                value = dice.choice((dice.randrange(4096), dice.getrandbits(32), 0, 1 << 31))
+                liar.page.view[at : at + 4] = value.to_bytes(4, "little")
+                liar.channel.notify()
+                await asyncio.sleep(0)
+            await until(lambda: made.back_dev.mailbox.idle and made.back_dev.state in (S.CONNECTED, S.CLOSED))
+            if made.back_dev.state is S.CLOSED:
+                error = "/local/domain/0/error/backend/console/1/1/error"
+                assert "apart in a ring" in await made.world.tool.read_str(error)
+            await made.gone()
+
+    run(test, Liar)
+
+
+def test_a_console_that_is_stuck_is_no_other_devices_matter():
+    """A guest that reads none of it, and an operator who reads none: a second console goes on."""
 
     async def test(made: Rig):
         await made.connected()
-        channel = made.front.channel
-        sent = 0
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while not made.back.sysctl()["throttled"]() and loop.time() < began + 10:
-            channel.notify()
-            await asyncio.sleep(0)
-        # Its kicks are heard again when the time is over.
-        sent += made.front.ring.transmit.write(b"and then it spoke")
-        channel.notify()
-        assert made.back.rx_bytes == 0
-        await until(lambda: made.back.rx_bytes == sent)
+        other = ConsoleSpec(1, 2).device()
+        await write_device(made.world.tool, other)
+        await wait_connected(made.world.tool, other.paths, 5)
+        with made.operator() as stuck:
+            while stuck.type(bytes(1000)) or made.stream.room():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await made.stream.write(bytes(2 * BUFFER))
+            stream = made.guest.front.devices["device/console/2"].driver.stream
+            path = await made.world.tool.read_str(f"{other.paths.back}/tty")
+            with Operator(path) as operator:
+                for _ in range(50):
+                    await stream.write(b"question ")
+                    await operator.see(b"question ")
+                    operator.type(b"answer")
+                    assert await stream.read() == b"answer"
+        await detach_device(made.world.tool, other.paths)
+        await made.gone()
 
-    run(test, Liar)
+    run(test)
 
 
 class LyingBack(XenbusDriver):

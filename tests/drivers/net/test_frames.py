@@ -9,6 +9,7 @@ from tests.support.ip_frames import ETHER, V4, V6, ether, ipv4, ipv6, summed, tc
 
 from xenbus.drivers.net.frames import (
     blank_value,
+    checksum_at,
     complete,
     is_valid,
     layout_of,
@@ -193,6 +194,34 @@ def test_a_gso_packet_whose_length_ip_cannot_say():
         assert layout_of(data) is None
         parts = lower(Packet(data, True, gso=gso, gso_size=1448), PLAIN)
         assert sum(len(part.data) for part in parts) == 60_000 + len(parts) * (len(data) - 60_000)
+
+
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.binary(max_size=40),
+    st.integers(0, 60),
+    st.integers(0, 255),
+    st.booleans(),
+)
+def test_the_short_way_to_a_checksum_is_the_long_one(is_tcp, is_v4, payload, at, value, gso):
+    """With any one byte changed, and cut anywhere."""
+    transport = tcp(payload) if is_tcp else udp(payload)
+    data = bytearray(ether((ipv4 if is_v4 else ipv6)(transport, 6 if is_tcp else 17)))
+    data[min(at, len(data) - 1)] = value
+    layout = layout_of(data, gso=gso)
+    found = checksum_at(data, gso=gso)
+    if layout is not None:
+        assert found == (layout.version, layout.transport, layout.checksum - layout.transport)
+    elif found is not None:  # the one thing that it does not look at is IP's length
+        version, start, _ = found
+        length = slice(16, 18) if version == 4 else slice(18, 20)
+        data[length] = (len(data) - (14 if version == 4 else 54)).to_bytes(2, "big")
+        data[14] = data[14] if version == 4 else 0x60
+        assert layout_of(data, gso=gso).transport == start
+    for short in range(len(data)):
+        if (found := checksum_at(data[:short])) is not None:
+            assert found[1] + found[2] + 2 <= short
 
 
 def test_only_what_is_not_taken_is_touched():

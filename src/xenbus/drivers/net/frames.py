@@ -143,6 +143,28 @@ def _final_destination(frame: Buffer, at: int, length: int) -> tuple[int, int] |
     return first, first + 16
 
 
+def checksum_at(frame: Buffer, *, gso: bool = False) -> tuple[int, int, int] | None:
+    """(IP's version, offset of the transport's header, where in that the checksum is), as `layout_of` has it.
+
+    The headers that nearly every packet has are looked at in the short way, their lengths not at all.
+    """
+    size = len(frame)
+    if size >= 34 and frame[12] == 8 and not frame[13] and frame[14] == 0x45:
+        version, start, protocol = 4, 34, 0 if frame[20] & 0x3F or frame[21] else frame[23]
+    elif size >= 54 and frame[12] == 0x86 and frame[13] == 0xDD:
+        version, start, protocol = 6, 54, frame[20]
+    else:
+        version = start = protocol = 0
+    if protocol in _TRANSPORT:
+        least, offset = _TRANSPORT[protocol]
+        if size >= start + least:
+            return version, start, offset
+    layout = layout_of(frame, gso=gso)
+    if layout is None:
+        return None
+    return layout.version, layout.transport, layout.checksum - layout.transport
+
+
 # -- checksums
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from xenbus.drivers.net.frames import layout_of, lower
+from xenbus.drivers.net.frames import checksum_at, lower
 from xenbus.drivers.net.packet import (
     ALL,
     ETH_HLEN,
@@ -48,6 +48,13 @@ _TO_GSO: Final = {0: Gso.NONE, 1: Gso.TCPV4, 4: Gso.TCPV6}
 _FROM_GSO: Final = {gso: number for number, gso in _TO_GSO.items()}
 _ECN: Final = 0x80
 _PLAIN_HEADER: Final = HEADER.pack(0, 0, 0, 0, 0, 0)
+# Of what is nearly every packet: (where the transport begins, where in it the checksum is).
+_TCP_CHECKSUM: Final = 16
+_BLANK_HEADERS: Final = {
+    (start, offset): HEADER.pack(_NEEDS_CSUM, 0, 0, 0, start, offset)
+    for start in (34, 54)
+    for offset in (_TCP_CHECKSUM, 6)
+}
 _VALID_HEADER: Final = HEADER.pack(_DATA_VALID, 0, 0, 0, 0, 0)
 
 QUEUES_MAX: Final = 16
@@ -221,20 +228,20 @@ class TapPort:
         return len(packets)
 
     def _header_of(self, packet: Packet) -> bytes | None:
-        """None for a packet that says of itself what its headers do not."""
+        """None for a packet that says of itself what its headers do not. More of it the kernel checks."""
         if packet.gso is Gso.NONE and not packet.csum_blank:
             return _VALID_HEADER if packet.data_validated else _PLAIN_HEADER
-        is_gso = packet.gso is not Gso.NONE
-        layout = layout_of(packet.data, gso=is_gso)
-        if layout is None:
+        data, is_gso = packet.data, packet.gso is not Gso.NONE
+        found = checksum_at(data, gso=is_gso)
+        if found is None:
             return None
-        start, offset = layout.transport, layout.checksum - layout.transport
+        version, start, offset = found
         if not is_gso:
-            return HEADER.pack(_NEEDS_CSUM, 0, 0, 0, start, offset)
-        length = start + (packet.data[start + 12] >> 4) * 4
-        if layout.version != (4 if packet.gso is Gso.TCPV4 else 6) or not 0 < packet.gso_size <= 0xFFFF:
+            return _BLANK_HEADERS.get((start, offset)) or HEADER.pack(_NEEDS_CSUM, 0, 0, 0, start, offset)
+        if version != (4 if packet.gso is Gso.TCPV4 else 6) or not 0 < packet.gso_size <= 0xFFFF:
             return None
         self.tx_gso += 1
+        length = start + (data[start + 12] >> 4) * 4 if offset == _TCP_CHECKSUM else start
         return HEADER.pack(_NEEDS_CSUM, _FROM_GSO[packet.gso], length, packet.gso_size, start, offset)
 
     def _refused(self, error: OSError) -> None:
@@ -270,7 +277,7 @@ class TapPort:
 
     def _readable(self, fd: int) -> None:
         """A batch, handed over as one. What the driver has no room for stays in the slab until it has."""
-        view, at, readv, size = self._view, 0, os.readv, HEADER.size
+        view, slab, at, readv, size = self._view, self._slab, 0, os.readv, HEADER.size
         packets: list[Packet] = []
         try:
             while len(packets) < BATCH and at + _ROOM <= _SLAB:
@@ -278,33 +285,33 @@ class TapPort:
                 if length <= size + ETH_HLEN:
                     self.rx_dropped += 1
                     continue
-                packet = self._packet(at, length)
-                if packet is not None:
+                packet = Packet(view[at + size : at + length])
+                # flags, gso_type
+                if not slab[at] | slab[at + 1] or self._set_offloads(packet, at):
                     packets.append(packet)
+                    self.rx_bytes += length - size
                 at += length + 1 & ~1
         except BlockingIOError:
             pass
         except OSError as error:
             self._vanished(error)
+        self.rx_packets += len(packets)
         if packets and not self._hand_over(packets):
             self._set_reading(False)
 
-    def _packet(self, at: int, length: int) -> Packet | None:
+    def _set_offloads(self, packet: Packet, at: int) -> bool:
+        """As its header, there in the slab, says; False for a kind that nobody asked for."""
         flags, kind, _, size, _, _ = HEADER.unpack_from(self._slab, at)
-        packet = Packet(self._view[at + HEADER.size : at + length])
-        if flags | kind:
-            gso = _TO_GSO.get(kind & ~_ECN)
-            if gso is None:
-                self.rx_dropped += 1
-                return None
-            packet.csum_blank = bool(flags & _NEEDS_CSUM)
-            packet.data_validated = bool(flags & (_NEEDS_CSUM | _DATA_VALID))
-            if gso is not Gso.NONE:
-                packet.gso, packet.gso_size = gso, size
-                self.rx_gso += 1
-        self.rx_packets += 1
-        self.rx_bytes += length - HEADER.size
-        return packet
+        gso = _TO_GSO.get(kind & ~_ECN)
+        if gso is None:
+            self.rx_dropped += 1
+            return False
+        packet.csum_blank = bool(flags & _NEEDS_CSUM)
+        packet.data_validated = bool(flags & (_NEEDS_CSUM | _DATA_VALID))
+        if gso is not Gso.NONE:
+            packet.gso, packet.gso_size = gso, size
+            self.rx_gso += 1
+        return True
 
     def _hand_over(self, packets: list[Packet]) -> bool:
         """False: the driver is full, and calls `ready`."""
