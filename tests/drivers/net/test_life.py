@@ -11,8 +11,8 @@ from tests.support.until import until
 from tests.support.vif import MAC, frame, rig, with_rig
 
 from xenbus.bus import XenbusState
-from xenbus.drivers.net import Packet, Xnb
-from xenbus.errors import LinkDown
+from xenbus.drivers.net import Packet, Xn, Xnb
+from xenbus.errors import LinkDown, store_error
 
 S = XenbusState
 
@@ -399,5 +399,45 @@ def test_a_driver_domain_that_is_restored():
             assert r.far is far
             assert r.back_dev is dev
             await r.gone()
+
+    asyncio.run(run())
+
+
+def test_a_guest_that_may_have_no_more_watches():
+    """It has its link all the same; when that goes down it hears nothing of it, and all else works."""
+
+    class Poor(Xn):
+        async def _connect(self):
+            refused = store_error("E2BIG", "WATCH", "carrier")
+
+            async def watch(path, callback):
+                raise refused
+
+            self.dev.store.watch, real = watch, self.dev.store.watch
+            try:
+                await super()._connect()
+            finally:
+                self.dev.store.watch = real
+
+    async def check(r):
+        assert r.front_dev.counts()["watches"] == 0
+        await works(r)
+
+    with_rig(check, front=Poor)
+
+
+def test_the_store_goes_away():
+    """What was taken of the hypervisor is given back though the store can be told nothing."""
+
+    async def run():
+        async with rig() as r:
+            await r.up()
+            await works(r)
+            await r.guest.store.close()
+            await r.guest.front.detach()
+            assert r.guest.hv.held() == r.before[1]
+            await r.dom0.store.close()
+            await r.dom0.back.detach()
+            assert r.dom0.hv.held() == r.before[0]
 
     asyncio.run(run())

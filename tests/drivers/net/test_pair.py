@@ -316,6 +316,43 @@ def test_a_burst_is_not_lost():
     with_rig(check)
 
 
+@pytest.mark.parametrize("queues", [1, 2])
+def test_both_ways_at_once(queues):
+    """Long and short packets mixed, over several flows, while the other direction is as busy."""
+
+    def mixed(seed):
+        dice = random.Random(seed)
+        for n in range(400):
+            if dice.randrange(4):
+                yield Packet(ip_frame(n % 5, n))
+            else:
+                yield Packet(
+                    ip_frame(n % 5, n).ljust(dice.randrange(2000, 65536), b"x"), True, True, Gso.TCPV4, 1448
+                )
+
+    async def pour(port, packets):
+        while packets:
+            packets = packets[port.put_many(packets[:16]) :]
+            await asyncio.sleep(0)
+
+    async def check(r):
+        sent = list(mixed(1)), list(mixed(2))
+        for cable in (r.front.cable, r.back.cable):
+            cable.stall_shared = 10
+        async with asyncio.timeout(20):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pour(r.near, sent[0]))
+                group.create_task(pour(r.far, sent[1]))
+                for port, wanted in ((r.far, sent[0]), (r.near, sent[1])):
+                    got = [await port.get(10) for _ in wanted]
+                    for n in range(5):
+                        assert [p for p in got if p.data[35] == n] == wanted[n::5]
+        for counters in (r.front.counters, r.back.counters):
+            assert not counters.tx_dropped + counters.rx_dropped + counters.tx_errors + counters.rx_errors
+
+    with_rig(check, front=front_with(num_queues=queues))
+
+
 def test_an_idle_pair_sends_no_events():
     async def check(r):
         for back in (False, True):

@@ -293,7 +293,10 @@ class Xn(XenbusDriver):
         self._served, self._tries = True, 0
         # There or not, it may come: a watch of its own, which fires at once.
         path = f"{self.dev.otherend_path}/carrier"
-        self._carrier = await self.dev.watch(path, lambda _: self._look_at_carrier())
+        try:
+            self._carrier = await self.dev.watch(path, lambda _: self._look_at_carrier())
+        except StoreError as error:  # a guest has a quota of watches, and can do without this one
+            self.dev.log.warning("its link is taken as it is now: %s", error)
         await self._carrier_changed()
 
     def _look_at_carrier(self) -> None:
@@ -375,7 +378,10 @@ class Xn(XenbusDriver):
             link.stop()
         watch, self._carrier = self._carrier, None
         if watch is not None:
-            await self.dev.unwatch(watch)
+            try:
+                await self.dev.unwatch(watch)
+            except XenbusError as error:
+                self.dev.log.warning("%s", error)
 
     async def _tear_down(self) -> None:
         """The same, and every page is given back. Idempotent."""

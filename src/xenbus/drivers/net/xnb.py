@@ -22,7 +22,15 @@ from xenbus.drivers.net.xnb_front import HEAD, Parameters, Shape
 from xenbus.drivers.net.xnb_options import OPTIONS, Options
 from xenbus.drivers.net.xnb_queue import QueueLink
 from xenbus.drivers.net.xnb_rx import MulticastFilter
-from xenbus.errors import DeadlineError, HypervisorError, LinkDown, PeerError, StoreError, UsageError
+from xenbus.errors import (
+    DeadlineError,
+    HypervisorError,
+    LinkDown,
+    PeerError,
+    StoreError,
+    UsageError,
+    XenbusError,
+)
 from xenbus.xenstore.client import Watch
 
 # Seconds for mappings under way to end when the front goes, and for the front to go when we are detached:
@@ -246,7 +254,10 @@ class Xnb(XenbusDriver):
         )
         if self._options.dynamic and self._watch is None:
             path = f"{dev.otherend_path}/{MULTICAST_KEY}"
-            self._watch = await dev.watch(path, lambda _: self._look_at_multicast())
+            try:
+                self._watch = await dev.watch(path, lambda _: self._look_at_multicast())
+            except StoreError as error:  # a driver domain has a quota of watches
+                dev.log.warning("its multicast filter stays as it is now: %s", error)
 
     async def _take_over(self) -> None:
         """The kernel may still be at the former process's end: its ports are bound until then."""
@@ -326,7 +337,10 @@ class Xnb(XenbusDriver):
         links, self._links, self._parameters = self._links, [], None
         watch, self._watch = self._watch, None
         if watch is not None:
-            await self.dev.unwatch(watch)
+            try:
+                await self.dev.unwatch(watch)
+            except XenbusError as error:
+                self.dev.log.warning("%s", error)
         await asyncio.gather(*(link.give_back(DRAIN_TIMEOUT) for link in links))
         self.multicast.on = False
         self.multicast.groups.clear()
