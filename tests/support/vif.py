@@ -11,6 +11,7 @@ from tests.support.split import Guest, World, use, world
 from tests.support.until import until
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.net import Packet, Xn, Xnb
+from xenbus.drivers.net.capture import CapturedPort
 from xenbus.drivers.net.ports.schemes.packet import PacketPort
 
 MAC = "00:16:3e:01:02:03"
@@ -51,8 +52,9 @@ class Rig:
         return self.back_dev.driver
 
     @property
-    def near(self) -> PacketPort:
-        return self.front.cable.port
+    def near(self) -> Any:
+        port = self.front.cable.port
+        return port.inner if isinstance(port, CapturedPort) else port
 
     @property
     def far(self) -> PacketPort:

@@ -12,7 +12,7 @@ from tests.support.vif import MAC, frame, rig, with_rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn, Xnb
 from xenbus.drivers.net.packet import ALL, PLAIN, Link, Offloads
-from xenbus.errors import DeadlineError, LinkDown
+from xenbus.errors import DeadlineError, LinkDown, UsageError
 
 S = XenbusState
 pytestmark = pytest.mark.usefixtures("either_way")
@@ -61,6 +61,28 @@ def test_the_packet_interface_of_a_front_end():
             await r.front.recv(0.01)
 
     with_rig(check, front_port="packet:")
+
+
+def test_the_packet_interface_behind_a_capture(tmp_path):
+    async def check(r):
+        await r.front.send(frame(99))
+        assert (await r.far.get(5)).data == frame(99)
+        await r.far.put(frame(100))
+        assert await r.front.recv() == frame(100)
+
+    with_rig(check, front_port=f"packet:?capture={tmp_path}/front.pcapng")
+    assert frame(99) in (tmp_path / "front.pcapng").read_bytes()
+
+
+def test_a_front_end_whose_far_side_is_another_one_has_no_packets_to_give():
+    async def run():
+        async with rig() as r:
+            await r.plug(front_port="switch:lan")
+            await r.states(S.CONNECTED, S.CONNECTED)
+            with pytest.raises(UsageError, match="switch lan, not the packet interface"):
+                await r.front.recv()
+
+    asyncio.run(run())
 
 
 def test_frames_that_are_too_long_or_too_short_stay_here():

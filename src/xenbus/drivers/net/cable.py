@@ -143,6 +143,9 @@ class Cable:
             return
         if self._plain:
             packets = self._lowered(packets)
+        if self.blocked:  # by another ring, while pages of this one's were mapped
+            self._left = [*self._left, *packets]
+            return
         taken = port.send(packets)
         if taken < len(packets):
             self._left = packets[taken:]

@@ -134,6 +134,11 @@ class CapturedPort:
     def name(self) -> str:
         return self._port.name
 
+    @property
+    def inner(self) -> Port:
+        """The port that is captured."""
+        return self._port
+
     def counters(self) -> dict[str, int]:
         writer = self._writer
         return {

@@ -13,6 +13,7 @@ from typing import ClassVar
 from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusDriver, XenbusState, front_driver
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
+from xenbus.drivers.net.capture import CapturedPort
 from xenbus.drivers.net.counters import Counters
 from xenbus.drivers.net.packet import ETH_DATA_LEN, MAX_MTU, MIN_MTU, Packet
 from xenbus.drivers.net.ports import open_port
@@ -99,6 +100,8 @@ class Xn(XenbusDriver):
     def port(self) -> PacketPort:
         """Where programs put and get packets. UsageError if the far side is another one."""
         port = self.cable.port
+        if isinstance(port, CapturedPort):
+            port = port.inner
         if not isinstance(port, PacketPort):
             name = port.name if port is not None else "gone"
             raise UsageError(f"{self.dev.nameunit}: its far side is {name}, not the packet interface")
