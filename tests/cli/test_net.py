@@ -152,6 +152,15 @@ def test_written_and_not_waited_for(xenbus):
     assert xenbus("detach", "g/vif0") == (0, "", "")
 
 
+def test_a_capture(xenbus, tmp_path):
+    path = tmp_path / "with a blank.pcapng"
+    attach(xenbus, "g", "--capture", str(path))
+    assert path.read_bytes()[:4] == bytes.fromhex("0a0d0d0a")  # a section header of pcapng
+    assert xenbus("detach", "g/vif0")[0] == 0
+    code, _, err = xenbus("attach", "net", "--domain", "g", "--capture", "/nowhere/x")
+    assert code == 1 and "capture to /nowhere/x: No such file" in err
+
+
 async def through_a_host() -> dict[str, str]:
     """As root of a user namespace: two kernels' stacks, a guest's process and domain 0's between them."""
     with up() as host:

@@ -40,6 +40,8 @@ def test_both_halves_are_as_libxl_writes_them():
         ({"tap": "mine"}, "tap:mine"),
         ({"tap": "mine?netns=lab&mtu=1400"}, "tap:mine?netns=lab&mtu=1400"),
         ({"bridge": "br0"}, "tap:vif5.0?bridge=br0"),
+        ({"capture": "/tmp/a b&c.pcapng"}, "switch:lan?capture=/tmp/a%20b%26c.pcapng"),
+        ({"bridge": "br0", "capture": "/tmp/x"}, "tap:vif5.0?bridge=br0&capture=/tmp/x"),
     ],
 )
 def test_the_far_side(given, target):

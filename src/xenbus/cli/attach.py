@@ -99,6 +99,7 @@ def block(
 @click.option("--tap", metavar="NAME", help="A TAP device: made, or opened if it is there.")
 @click.option("--switch", metavar="NAME", help="A switch in the back end's process (lan).")
 @click.option("--front", metavar="TARGET", default="", help="The guest's own side: packet:, tap:NAME...")
+@click.option("--capture", metavar="FILE", default="", help="What passes, as pcapng, kept by the back end.")
 @click.option("--mtu", type=int, default=1500, show_default=True, help="Bytes behind the header.")
 @click.option("--queues", type=int, default=0, help="At most (the drivers' own).")
 @click.option("--backend", default="0", metavar="NAME", shell_complete=domains, help="Who serves it.")
@@ -113,6 +114,7 @@ def net(
     tap: str | None,
     switch: str | None,
     front: str,
+    capture: str,
     mtu: int,
     queues: int,
     backend: str,
@@ -142,6 +144,7 @@ def net(
             tap or "",
             switch or "",
             front,
+            capture,
             mtu,
             queues,
             back.domid,

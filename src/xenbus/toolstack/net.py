@@ -6,6 +6,8 @@ Knows targets of far sides as texts; opens none.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
 
 from xenbus.drivers.net.packet import ETH_DATA_LEN, MAX_MTU, MIN_MTU
 from xenbus.drivers.net.ports.mac import mac_text, parse_mac, random_mac
@@ -34,6 +36,7 @@ class NicSpec:
     tap:       a TAP device by name, with options as `tap:` takes them (`vif1?netns=lab`)
     switch:    a switch of the back end's process, by name. One of the three at most; none is DEFAULT_SWITCH
     front:     the guest's own far side, a target; "" leaves it to its driver: the packet interface
+    capture:   a file in which the back end writes what passes, as pcapng; "" for none
     mtu:       bytes behind the Ethernet header
     queues:    at most; 0 leaves it to the drivers
     back_kind: the type under which the back end finds it
@@ -46,6 +49,7 @@ class NicSpec:
     tap: str = ""
     switch: str = ""
     front: str = ""
+    capture: str = ""
     mtu: int = ETH_DATA_LEN
     queues: int = 0
     back_domid: int = 0
@@ -80,8 +84,13 @@ class NicSpec:
         if sum(map(bool, (self.bridge, self.tap, self.switch))) > 1:
             raise UsageError("a bridge, a TAP device or a switch: a device has one far side")
         if self.bridge:
-            return f"tap:vif{self.front_domid}.{self.devid}?bridge={check_ifname(self.bridge)}"
-        target = f"tap:{self.tap}" if self.tap else f"switch:{self.switch or DEFAULT_SWITCH}"
+            target = f"tap:vif{self.front_domid}.{self.devid}?bridge={check_ifname(self.bridge)}"
+        else:
+            target = f"tap:{self.tap}" if self.tap else f"switch:{self.switch or DEFAULT_SWITCH}"
+        if self.capture:
+            # The back end runs in another process with another working directory.
+            path = quote(str(Path(self.capture).absolute()))
+            target += f"{'&' if '?' in target else '?'}capture={path}"
         parse_target(target)
         return target
 

@@ -93,9 +93,9 @@ def test_a_capture_can_be_read_while_it_goes_on(tmp_path, monkeypatch):
         port.start(Sink())
         port.send([Packet(FRAMES[0])])
         async with asyncio.timeout(5):
-            while not path.stat().st_size:  # noqa: ASYNC110
+            while not read(path):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        assert len(read(path)) == 1
+        assert [data for _, _, data in read(path)] == [FRAMES[0]]
         await port.close()
 
     asyncio.run(main())

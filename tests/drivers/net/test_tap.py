@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import ctypes
+import fcntl
+import os
+import struct
 
 import pytest
 from tests.support import netlab
 from tests.support.net_ends import Sink, frame, station, up
-from tests.support.station import Station
+from tests.support.station import Station, Talker
 from tests.support.until import descriptors, until
 
 from xenbus.drivers.net.frames import is_valid, lower
@@ -14,6 +18,7 @@ from xenbus.drivers.net.packet import ALL, PLAIN, Link, Offloads, Packet
 from xenbus.drivers.net.ports import PortError, open_port
 from xenbus.drivers.net.ports.registry import parse_target
 from xenbus.drivers.net.ports.schemes.tap import TapOptions
+from xenbus.drivers.net.ports.tun import TUNSETIFF
 from xenbus.errors import UsageError
 
 SIZE = 4 << 20
@@ -333,6 +338,42 @@ def test_without_rights_it_says_how_to_do_without():
     """Root of a user namespace alone, in a network namespace that is not its own."""
     said = netlab.run(unprivileged, namespaces="-Ur")
     assert "EPERM" in said and "ip tuntap add dev mine mode tap user 0" in said
+
+
+async def made_beforehand():
+    """As docs/net-ports.md says: root makes the device and sets it up, and has no part in it afterwards."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"mine", 0x1002))
+    fcntl.ioctl(tun, 0x400454CB, 1)  # TUNSETPERSIST
+    fcntl.ioctl(tun, 0x400454CC, os.geteuid())  # TUNSETOWNER
+    os.close(tun)
+    Talker().up("mine")
+    # capset(2): no capability left.
+    header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    assert libc.capset(header, none) == 0
+    said = {}
+    for target in ("tap:other", "tap:mine?mac=00:16:3e:00:00:01", "tap:mine?mtu=9000"):
+        try:
+            await open_port(target)
+        except PortError as error:
+            said[target] = str(error)
+    for _ in range(2):  # it stays
+        port = await open_port("tap:mine")
+        driver = Sink()
+        port.start(driver)
+        port.link(up(mtu=1400))
+        assert port.send([Packet(frame(b"\xff" * 6, station(9)))]) == 1
+        assert port.counters()["tx_packets"] == 1
+        await port.close()
+    return said
+
+
+def test_a_device_that_was_made_for_us_needs_no_root():
+    said = netlab.run(made_beforehand)
+    assert len(said) == 3 and all("EPERM" in text for text in said.values())
+    assert "setting the address of mine" in said["tap:mine?mac=00:16:3e:00:00:01"]
+    assert "it needs root" in said["tap:mine?mtu=9000"]
 
 
 @pytest.mark.parametrize(

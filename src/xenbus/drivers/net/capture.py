@@ -77,6 +77,7 @@ class PcapngWriter:
             + _option(_OPT_END, b"")
         )
         self._write(_block(_IDB, interface))
+        self.flush()
 
     def record(self, packets: Sequence[Packet], *, outbound: bool) -> None:
         """outbound: from our driver to the port."""
