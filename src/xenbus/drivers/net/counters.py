@@ -29,17 +29,16 @@ NAMES = (
 
 
 class Counters:
-    """rx_errors:         packets that the peer sent wrong; rx_length_errors (too short, too long),
-                       rx_frame_errors (chains and extra info that lie) and rx_copy_errors (pages that could
-                       not be read) are parts of it
-    rx_dropped:        good packets that the port did not want
-    tx_errors:         packets that the peer could not be given or answered with an error, tx_length_errors
-                       and tx_copy_errors among them
-    tx_dropped:        packets for which there was no connection, no room, or no page
-    tx_stalls:         how often the peer took nothing for so long that packets for it were dropped
+    """rx_errors:   packets that the peer sent wrong, among them rx_length_errors (too short, too long),
+                 rx_frame_errors (chains and extra info that lie), rx_copy_errors (unreadable pages)
+    rx_dropped:  good packets that the port did not want
+    tx_errors:   packets that the peer cannot take or answered with an error, among them tx_length_errors and
+                 tx_copy_errors (pages that it posted and that may not be written)
+    tx_dropped:  packets for which there was no connection, no room, or no page
+    tx_stalls:   how often the peer took nothing for so long that packets for it were dropped
     rx_gso_checksum_fixup: GSO packets whose checksum was not blank, as it has to be
-    multicast_filtered: packets for groups that the guest did not ask for
-    last_error:        what was wrong with the last packet that was
+    multicast_filtered:    packets for groups that the guest did not ask for
+    last_error:  what was wrong with the last packet that was
     """
 
     __slots__ = (*NAMES, "last_error")
