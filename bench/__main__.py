@@ -12,6 +12,7 @@ from bench.rows import Row, show
 BENCHES = {
     "block": "bench.block",
     "devices": "bench.devices",
+    "net": "bench.net",
     "startup": "bench.startup",
     "store": "bench.store",
 }

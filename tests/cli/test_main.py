@@ -11,8 +11,9 @@ import sys
 import click
 import pytest
 
+import xenbus.cli.main as main  # `from xenbus.cli` would have its function of that name
 from xenbus import __version__
-from xenbus.cli import exits, main
+from xenbus.cli import exits
 from xenbus.cli.context import need_dir
 from xenbus.errors import (
     DeadlineError,
@@ -156,3 +157,12 @@ def test_without_its_extra_the_command_says_what_is_missing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stderr == "xenbus: the command needs click: install xenbus[cli]\n"
+
+
+def test_a_pipe_that_nobody_reads():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "xenbus.cli.main", "completion", "bash"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=30)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (exits.BROKEN_PIPE, b"")

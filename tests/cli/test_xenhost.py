@@ -38,8 +38,8 @@ def xenbus(host, monkeypatch, capsys):
 
 
 def foreign(xenbus, domid: str) -> None:
-    """A network card that nobody serves."""
-    front, back = f"/local/domain/{domid}/device/vif/0", f"/local/domain/0/backend/vif/{domid}/0"
+    """A keyboard that nobody serves."""
+    front, back = f"/local/domain/{domid}/device/vkbd/0", f"/local/domain/0/backend/vkbd/{domid}/0"
     for path, value in {
         f"{front}/backend": back,
         f"{front}/backend-id": "0",
@@ -67,16 +67,16 @@ def test_live_answers_stand_in_the_store_s_view(xenbus, host, tmp_path, monkeypa
     lines = [line.strip() for line in out.splitlines()]
     assert f"xbbd0 at backend/vbd/{domid}/51712: Connected" in lines
     assert "xbd0 at device/vbd/51712: Connected" in lines
-    vif = f"vif-{domid}-0 at backend/vif/{domid}/0: Initialising; frontend vif-0 in g: Closed"
-    assert any(line.startswith(vif) for line in lines)
+    vkbd = f"vkbd-{domid}-0 at backend/vkbd/{domid}/0: Initialising; frontend vkbd-0 in g: Closed"
+    assert any(line.startswith(vkbd) for line in lines)
     assert not any("vbd-" in line for line in lines)
     (tree,) = json.loads(xenbus("tree", "g", "--json")[1])
     fronts = [device["nameunit"] for device in tree["devices"][0]["children"][0]["children"]]
-    assert sorted(fronts) == ["vif-0", "xbd0"]
+    assert sorted(fronts) == ["vkbd-0", "xbd0"]
 
     values = xenbus("sysctl", "-a", "--domain", "g")[1].splitlines()
     assert "dev.xbd.0.xenbus_connection_state: Connected" in values
-    assert "dev.vif-0.xenbus_connection_state: Closed" in values
+    assert "dev.vkbd-0.xenbus_connection_state: Closed" in values
     assert not any(line.startswith("dev.vbd-") for line in values)
 
     with monkeypatch.context() as nobody:

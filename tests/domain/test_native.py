@@ -28,6 +28,16 @@ def test_linux_s_types_are_left_alone_unless_they_are_claimed():
     }
 
 
+def test_beside_every_type_of_linux_s_that_we_have_there_is_one_of_ours():
+    drivers.load_entry_points()
+    for kind, own in OWN_TYPES.items():
+        assert not Served().accepts(Side.BACK, kind) and not Served().accepts(Side.FRONT, kind)
+        for back_type in own:
+            assert Served().accepts(Side.BACK, back_type)
+            mine = set(drivers.candidates(Side.BACK, back_type))
+            assert mine and mine == set(drivers.candidates(Side.BACK, kind))
+
+
 def test_drivers_that_come_later_are_found_too():
     part = drivers.only(lambda side, name: name == "late")
 

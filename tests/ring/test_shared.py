@@ -450,3 +450,38 @@ def test_a_claimed_slot_is_the_next_one_and_is_published_by_push():
     assert back.unconsumed_requests() == 0
     front.push_requests()
     assert [raw[0] for raw in back.take_requests()] == list(range(front.size))
+
+
+def test_a_claimed_response_is_the_next_one_and_is_published_by_push():
+    view = memoryview(bytearray(4096))
+    front, back = FrontRing(view, 112), BackRing(view, 112)
+    front.init()
+    for n in range(3):
+        front.put_request(bytes([n]))
+    front.push_requests()
+    back.take_requests()
+    for n in range(3):
+        at = back.claim_response()
+        assert at == n * 112
+        back.slots[at] = n + 10
+    with pytest.raises(UsageError, match="without a request"):
+        back.claim_response()
+    assert front.unconsumed_responses() == 0
+    back.push_responses()
+    assert [raw[0] for raw in front.take_responses()] == [10, 11, 12]
+
+
+def test_final_check_can_ask_for_several_responses_together():
+    front, back = pair()
+    for n in range(4):
+        front.put_request(message(n))
+    front.push_requests()
+    back.take_requests()
+    assert not front.final_check_for_responses(3)
+    for n in range(2):
+        back.put_response(message(n))
+        assert not back.push_responses()
+    assert not front.final_check_for_responses(3)
+    back.put_response(message(2))
+    assert back.push_responses()
+    assert front.final_check_for_responses(3)

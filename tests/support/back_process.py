@@ -114,7 +114,9 @@ def _stick(after: int) -> None:
 
 
 async def _serve(given: argparse.Namespace) -> None:
-    import xenbus.drivers.block  # noqa: F401 - in the lab no package says that it is there
+    import tests.support.echo_port  # noqa: F401 - a far side that needs nobody
+    import xenbus.drivers.block  # in the lab no package says that it is there
+    import xenbus.drivers.net  # noqa: F401
     from xenbus.bus import BackBus, Settings
     from xenbus.hypervisor.broker import connect
     from xenbus.hypervisor.linux import LinuxHypervisor

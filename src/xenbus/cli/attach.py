@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xenbus.cli.completing import domains
+from xenbus.cli.completing import bridges, domains
 from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
+    from xenbus.toolstack.devices import DeviceSpec
     from xenbus.toolstack.paths import DevicePaths
     from xenbus.toolstack.xenhost import AnyHost
 
@@ -24,6 +25,7 @@ def command() -> None:
     \b
     Example:
       xenbus attach block --domain guest --image disk.img --dir /tmp/host
+      xenbus attach net --domain guest --dir /tmp/host
     """
 
 
@@ -64,7 +66,6 @@ def block(
     """
     from xenbus.cli.hosts import with_toolstack
     from xenbus.toolstack.block import DiskSpec
-    from xenbus.toolstack.devices import wait_connected, write_device
 
     async def action(toolstack: AnyHost) -> DevicePaths:
         front, back = await toolstack.find(domain), await toolstack.find(backend)
@@ -77,19 +78,153 @@ def block(
             int(sector_size) if sector_size else None,
             back_kind=await toolstack.back_type(back, "vbd"),
         )
-        spec = disk.device()
-        await write_device(toolstack.store, spec)
-        if not no_wait:
-            try:
-                await wait_connected(toolstack.store, spec.paths, timeout)
-            except BaseException:
-                await _take_back(toolstack, spec.paths)
-                raise
-        return spec.paths
+        return await _attach(toolstack, disk.device(), None if no_wait else timeout)
 
     paths = with_toolstack(directory, action)
     data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
     emit(data, as_json, f"{device}: {paths.front}, served by {paths.back}")
+
+
+@command.command("net")
+@dir_option
+@json_option
+@click.option("--domain", required=True, metavar="NAME", shell_complete=domains, help="Who gets it.")
+@click.option("--mac", metavar="MAC", help="The guest's address (one of Xen's, by chance).")
+@click.option(
+    "--bridge",
+    metavar="NAME",
+    shell_complete=bridges,
+    help="A Linux bridge, which gets a TAP device for it.",
+)
+@click.option("--tap", metavar="NAME", help="A TAP device: made, or opened if it is there.")
+@click.option("--switch", metavar="NAME", help="A switch in the back end's process (lan).")
+@click.option("--front", metavar="TARGET", default="", help="The guest's own side: packet:, tap:NAME...")
+@click.option("--capture", metavar="FILE", default="", help="What passes, as pcapng, kept by the back end.")
+@click.option("--mtu", type=int, default=1500, show_default=True, help="Bytes behind the header.")
+@click.option("--queues", type=int, default=0, help="At most (the drivers' own).")
+@click.option("--backend", default="0", metavar="NAME", shell_complete=domains, help="Who serves it.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds.")
+@click.option("--no-wait", is_flag=True, help="Write the nodes and go.")
+def net(
+    directory: Path | None,
+    as_json: bool,
+    domain: str,
+    mac: str | None,
+    bridge: str | None,
+    tap: str | None,
+    switch: str | None,
+    front: str,
+    capture: str,
+    mtu: int,
+    queues: int,
+    backend: str,
+    timeout: float,
+    no_wait: bool,
+) -> None:
+    """Attach a network device, and wait until both ends are Connected. What does not connect is taken away.
+
+    Without --bridge, --tap and --switch: a port of the switch `lan`. A bridge, and a TAP device that is not
+    there yet, need root where the back end runs (CAP_NET_ADMIN).
+
+    \b
+    Example:
+      xenbus attach net --domain guest --dir /tmp/host
+      xenbus attach net --domain guest --bridge xenbr0 --mac 00:16:3e:11:22:33 --dir /tmp/host
+    """
+    from xenbus.cli.hosts import with_toolstack
+    from xenbus.toolstack.net import NicSpec, free_devid
+
+    async def action(toolstack: AnyHost) -> DeviceSpec:
+        guest, back = await toolstack.find(domain), await toolstack.find(backend)
+        nic = NicSpec(
+            guest.domid,
+            await free_devid(toolstack.store, guest.domid),
+            mac,
+            bridge or "",
+            tap or "",
+            switch or "",
+            front,
+            capture,
+            mtu,
+            queues,
+            back.domid,
+            await toolstack.back_type(back, "vif"),
+        )
+        spec = nic.device()
+        await _attach(toolstack, spec, None if no_wait else timeout)
+        return spec
+
+    spec = with_toolstack(directory, action)
+    paths, address = spec.paths, spec.front["mac"]
+    data = {"front": paths.front, "back": paths.back, "devid": paths.devid, "mac": address}
+    emit(data, as_json, f"vif{paths.devid}: {address}, {paths.front}, served by {paths.back}")
+
+
+@command.command("console")
+@dir_option
+@json_option
+@click.option("--domain", required=True, metavar="NAME", shell_complete=domains, help="Who gets it.")
+@click.option("-n", "--number", type=int, help="Its number there (the lowest free one from 1 on).")
+@click.option("--log", metavar="FILE", help="What the guest says, kept by the back end.")
+@click.option("--log-size", type=int, default=0, help="Bytes of it, and of what came before (1 MiB).")
+@click.option("--no-pty", is_flag=True, help="A log alone: nobody attaches.")
+@click.option("--backend", default="0", metavar="NAME", shell_complete=domains, help="Who serves it.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds.")
+@click.option("--no-wait", is_flag=True, help="Write the nodes and go.")
+def console(
+    directory: Path | None,
+    as_json: bool,
+    domain: str,
+    number: int | None,
+    log: str | None,
+    log_size: int,
+    no_pty: bool,
+    backend: str,
+    timeout: float,
+    no_wait: bool,
+) -> None:
+    """Attach a console, and wait until both ends are Connected. What does not connect is taken away again.
+
+    `xenbus console NAME` is the way in.
+
+    \b
+    Example:
+      xenbus attach console --domain guest --log guest.log --dir /tmp/host
+    """
+    from xenbus.cli.hosts import with_toolstack
+    from xenbus.toolstack.console import ConsoleSpec, free_number
+
+    async def action(toolstack: AnyHost) -> DevicePaths:
+        guest, back = await toolstack.find(domain), await toolstack.find(backend)
+        spec = ConsoleSpec(
+            guest.domid,
+            await free_number(toolstack.store, guest.domid) if number is None else number,
+            "",
+            not no_pty,
+            log,
+            log_size,
+            back.domid,
+            await toolstack.back_type(back, "console"),
+        )
+        return await _attach(toolstack, spec.device(), None if no_wait else timeout)
+
+    paths = with_toolstack(directory, action)
+    data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
+    emit(data, as_json, f"console{paths.devid}: {paths.front}, served by {paths.back}")
+
+
+async def _attach(toolstack: AnyHost, spec: DeviceSpec, timeout: float | None) -> DevicePaths:
+    """timeout: None does not wait for the drivers."""
+    from xenbus.toolstack.devices import wait_connected, write_device
+
+    await write_device(toolstack.store, spec)
+    if timeout is not None:
+        try:
+            await wait_connected(toolstack.store, spec.paths, timeout)
+        except BaseException:
+            await _take_back(toolstack, spec.paths)
+            raise
+    return spec.paths
 
 
 async def _take_back(toolstack: AnyHost, paths: DevicePaths) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("device", shell_complete=devices)
 def command(directory: Path | None, force: bool, timeout: float, device: str) -> None:
     """Take DEVICE away: both ends close, then the nodes go. `xbd0`, or `NAME/xbd0` where several domains
-    have one, or `NAME/xvda`, which does without the guest's answer.
+    have one, or `NAME/xvda`, `NAME/vif0`, which do without the guest's answer.
 
     \b
     Example:

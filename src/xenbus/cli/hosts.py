@@ -107,8 +107,9 @@ class FoundDevice:
 
 
 async def find_device(toolstack: AnyHost, name: str) -> FoundDevice:
-    """`xbd0`, or `guest/xbd0` where several domains have one; or as the toolstack knows it, `guest/xvda`,
-    which finds the device of a guest that does not answer, too. Not found, or UsageError naming the choices.
+    """`xbd0`, or `guest/xbd0` where several domains have one; or as the toolstack knows it, `guest/xvda` or
+    `guest/vif0`, which finds the device of a guest that does not answer, too. NotFound, or UsageError naming
+    the choices.
     """
     wanted, _, unit = name.rpartition("/")
     found = []
@@ -139,7 +140,7 @@ async def _recorded(toolstack: AnyHost, info: DomainInfo, vdev: str) -> dict[str
             "otherend": {"id": spec.paths.back_domid, "path": spec.paths.back},
         }
         for spec in await list_devices(toolstack.store, info.domid)
-        if spec.back.get("dev") == vdev
+        if vdev == spec.back.get("dev", f"{spec.paths.kind}{spec.paths.devid}")
     }
 
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "domain": ("domain", "Create, end, suspend and list domains."),
     "attach": ("attach", "Give a domain a device."),
     "detach": ("detach", "Take a device away from a domain."),
+    "console": ("console", "Attach to a guest's console."),
     "tree": ("tree", "Show the device trees of all domains."),
     "sysctl": ("sysctl", "Read variables of the device trees."),
     "nbd": ("nbd", "Export a guest's disk over NBD."),
@@ -45,6 +46,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"xenbus.cli.{row[0]}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """click makes a plain failure of a pipe that nobody reads, wherever it is told."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            return _broken_pipe()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -92,9 +100,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return exits.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has had enough; nothing may be flushed to it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.BROKEN_PIPE
+        return _broken_pipe()
     except Exception as error:
         code = exits.code_of(error)
         if code is None:
@@ -106,6 +112,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         head = click.style("xenbus:", fg="red", bold=True)
         click.echo(f"{head} {exits.line_of(error)}", err=True, color=_colour())
         return code
+
+
+def _broken_pipe() -> int:
+    """Whoever read our output has had enough; nothing may be flushed to it at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exits.BROKEN_PIPE
 
 
 def _colour() -> bool | None:

@@ -31,9 +31,10 @@ def command(
     """Serve this domain of a real Xen until interrupted: in dom0 or a driver domain its back ends, in a
     guest, with --bus front, its devices. Prints "ready" when every device that was there has been looked at.
 
-    Types that Linux has drivers for (`vbd`, `vif`, ...) are left to those, unless --claim takes them; disks
-    are served under the type `xbbd` beside them. SIGTERM closes the devices in order; SIGUSR1 leaves them as
-    they are, and the next `xenbus serve` goes on with them, as it does after a crash.
+    Types that Linux has drivers for (`vbd`, `vif`, ...) are left to those, unless --claim takes them; disks,
+    network devices and consoles are served under types of ours beside them (`xbbd`, `xnb`, `xcb`). SIGTERM
+    closes the devices in order; SIGUSR1 leaves them as they are, and the next `xenbus serve` goes on with
+    them, as it does after a crash.
 
     \b
     Example:

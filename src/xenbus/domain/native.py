@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 ASLEEP = 0.01  # seconds that the clocks differ by after a suspend, at least
 # Linux has a driver for either half of these (drivers/xen, drivers/block/xen-*, ...), and a node with two
 # drivers is two back ends on one ring. udev loads the module when the first such node appears.
-LINUX_TYPES = frozenset({"vbd", "vif", "vkbd", "vfb", "vscsi", "vusb", "pci", "9pfs", "vsnd", "vdispl"})
+# Of a console it drives the front half; whoever serves such a node is QEMU, by libxl's doing.
+LINUX_TYPES = frozenset(
+    {"vbd", "vif", "console", "vkbd", "vfb", "vscsi", "vusb", "pci", "9pfs", "vsnd", "vdispl"}
+)
 # sysfs lists the drivers of a bus by the device type that they are for.
 _SYSFS = {Side.FRONT: "/sys/bus/xen/drivers", Side.BACK: "/sys/bus/xen-backend/drivers"}
 _MODULES = {Side.FRONT: "xen-{}front", Side.BACK: "xen-{}back"}

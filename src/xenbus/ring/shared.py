@@ -166,13 +166,16 @@ class FrontRing(SharedRing):
         self.rsp_cons = (self.rsp_cons + count) & MASK
         return taken
 
-    def final_check_for_responses(self) -> bool:
-        """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_RESPONSES). RingError."""
-        if self.unconsumed_responses():
+    def final_check_for_responses(self, count: int = 1) -> bool:
+        """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_RESPONSES). RingError.
+
+        count: be notified of that many together, and not of the first; no more than are still to come
+        """
+        if self.unconsumed_responses() >= count:
             return True
-        self.words[RSP_EVENT] = (self.rsp_cons + 1) & MASK
+        self.words[RSP_EVENT] = (self.rsp_cons + count) & MASK
         fence.full_fence()
-        return self.unconsumed_responses() > 0
+        return self.unconsumed_responses() >= count
 
 
 class BackRing(SharedRing):
@@ -224,6 +227,14 @@ class BackRing(SharedRing):
     def commit_response(self) -> None:
         """The slot from `response_offset()` is filled. The peer sees it after `push_responses()`."""
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & MASK
+
+    def claim_response(self) -> int:
+        """`response_offset` and `commit_response` in one: fill the slot before `push_responses`."""
+        prod = self.rsp_prod_pvt
+        if prod == self.req_cons:
+            raise UsageError("a response without a request")
+        self.rsp_prod_pvt = (prod + 1) & MASK
+        return (prod & self.slot_mask) * self.slot_size
 
     def put_response(self, data: Bytes) -> None:
         """Copy one response, at most a slot long. UsageError if every request taken is answered already."""

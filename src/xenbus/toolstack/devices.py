@@ -29,18 +29,23 @@ class DeviceFailed(XenbusError):
 
 @dataclass(slots=True)
 class DeviceSpec:
-    """One split device before it exists: where it goes, and what either half's directory says."""
+    """One split device before it exists: where it goes, and what either half's directory says.
+
+    told: what the front's directory says besides, in nodes of the back end's domain that the guest can only
+          read (libxl's ro_front)
+    """
 
     paths: DevicePaths
     front: Mapping[str, str] = field(default_factory=dict)
     back: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
 
     def rehomed(self, *, front_domid: int, back_domid: int | None = None) -> DeviceSpec:
         """The same device for another domain, and from another one if that is said."""
         old = self.paths
         home = old.back_domid if back_domid is None else back_domid
         paths = DevicePaths(old.kind, old.devid, front_domid, home, old.back_kind)
-        return DeviceSpec(paths, self.front, self.back)
+        return DeviceSpec(paths, self.front, self.back, self.told)
 
 
 def _perms(owner: int, reader: int) -> list[Perm]:
@@ -72,6 +77,9 @@ async def write_device(store: Client, spec: DeviceSpec) -> None:
             **spec.back,
         }
         await _write_directory(tx, paths.front, _perms(paths.front_domid, paths.back_domid), front)
+        for key, value in spec.told.items():
+            await tx.write(f"{paths.front}/{key}", value)
+            await tx.set_perms(f"{paths.front}/{key}", _perms(paths.back_domid, paths.front_domid))
         await _write_directory(tx, paths.back, _perms(paths.back_domid, paths.front_domid), back)
         await tx.mkdir(paths.record)
         for key, value in {"frontend": paths.front, "backend": paths.back, **_recorded(spec)}.items():
@@ -82,7 +90,8 @@ async def write_device(store: Client, spec: DeviceSpec) -> None:
 
 def _recorded(spec: DeviceSpec) -> dict[str, str]:
     """What it takes to make the device again after a reboot or restore: the specification itself."""
-    return {f"front/{k}": v for k, v in spec.front.items()} | {f"back/{k}": v for k, v in spec.back.items()}
+    sides = {"front": spec.front, "back": spec.back, "told": spec.told}
+    return {f"{side}/{key}": value for side, values in sides.items() for key, value in values.items()}
 
 
 async def _write_directory(tx: Transaction, path: str, perms: list[Perm], values: Mapping[str, str]) -> None:
@@ -110,14 +119,14 @@ async def list_devices(store: Client, domid: int) -> list[DeviceSpec]:
 
 async def _read_record(store: Client, record: str, kind: str) -> DeviceSpec:
     paths = DevicePaths.of_back(kind, await store.read_str(f"{record}/backend"))
-    front, back = [
+    front, back, told = [
         {
             key: await store.read_str(f"{record}/{side}/{key}")
             for key in await _directory(store, f"{record}/{side}")
         }
-        for side in ("front", "back")
+        for side in ("front", "back", "told")
     ]
-    return DeviceSpec(paths, front, back)
+    return DeviceSpec(paths, front, back, told)
 
 
 async def _directory(store: Client, path: str) -> list[str]:

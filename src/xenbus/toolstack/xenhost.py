@@ -29,7 +29,7 @@ RUN_DIRECTORY = "/run/xenbus"
 _STORE_VARIABLES = (STORE_VARIABLE, "XENSTORED_PATH", "XENSTORED_RUNDIR")
 # Where Linux's own driver has a kind of device, ours serves it under another type on the back bus.
 # (Not by import: `xenbus tree` has no use for drivers.)
-OWN_TYPES = {"vbd": ("xbbd",)}
+OWN_TYPES = {"vbd": ("xbbd",), "vif": ("xnb",), "console": ("xcb",)}
 _SIGNS = ("/dev/xen/xenbus", "/proc/xen/capabilities")
 
 

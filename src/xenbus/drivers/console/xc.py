@@ -1,0 +1,247 @@
+"""xc, the front half of a `console`: a page and a port for the back end, and the stream that comes of it.
+
+Knows its device and its keys; bytes are moved by link.py, and are the stream's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, front_driver
+from xenbus.bus.operations import Operation, OperatorCall
+from xenbus.drivers.console.consif import KIND, PORT_KEY, PROTOCOL, RING_REF_KEY, ConsoleRing
+from xenbus.drivers.console.link import ConsoleLink
+from xenbus.drivers.console.stream import BUFFER, ConsoleStream
+from xenbus.errors import DeadlineError, LinkDown, PeerError, XenbusError
+from xenbus.hypervisor.interface import Channel, GrantedPages
+from xenbus.newbus import NoMatch
+
+# Seconds that the back end has to take what is on the ring, when we close or are suspended.
+DRAIN_TIMEOUT = 1.0
+# Seconds that it has to unmap our page once we are Closed and being detached.
+UNMAP_TIMEOUT = 3.0
+_MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
+# How often a back end that closed is asked for a new connection, before one of them was made.
+TRIES = 5
+
+
+@front_driver(KIND)
+class Xc(XenbusDriver):
+    """Its `stream` is there from the start; what is written waits for the connection."""
+
+    name = "xc"
+    description = "Xen Console"
+
+    @classmethod
+    def probe(cls, dev: XenbusDevice) -> int:
+        """`device/console/0` would be the first console, which is no device."""
+        if dev.id == "0":
+            raise NoMatch("the first console is no device")
+        return 0
+
+    @classmethod
+    def unit(cls, dev: XenbusDevice) -> int | None:
+        return int(dev.id) if dev.id.isdigit() else None
+
+    def __init__(self, dev: XenbusDevice) -> None:
+        super().__init__(dev)
+        self.stream = ConsoleStream(lambda: dev.otherend, self._moved)
+        self._link: ConsoleLink | None = None
+        self._page: GrantedPages | None = None
+        self._channel: Channel | None = None
+        self._broke = False  # the back end put nonsense into the page: it gets no other one
+        self._tries = 0
+        self.lost = 0
+        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
+            XenbusState.INITIALISING: self._back_restarted,
+            XenbusState.INIT_WAIT: self._initialise,
+            XenbusState.INITIALISED: self._initialise,
+            XenbusState.CONNECTED: self._connect,
+            XenbusState.CLOSING: self._close,
+            XenbusState.CLOSED: self._closed,
+        }
+
+    # -- callbacks of the bus
+
+    async def otherend_changed(self, state: XenbusState) -> None:
+        act = self._states.get(state)
+        if act is not None:
+            await act()
+
+    async def suspend(self) -> None:
+        """What is on the ring has time to be read, and what came is taken off it: the page is not saved."""
+        await self._drain()
+        link = self._link
+        if link is None:
+            return
+        link.hold()
+        try:
+            if rest := link.take_rest():
+                self.stream.put(rest)
+        except PeerError as error:
+            self._broken(error)
+
+    async def resume(self, cancelled: bool) -> None:
+        link = self._link
+        if link is None:
+            return
+        if cancelled:
+            if self._channel is not None:
+                link.start(self._channel)
+            return
+        with suppress(PeerError):
+            self.lost += link.unread
+        link.stop()
+        self._link = self._page = self._channel = None
+        self._broke, self._tries = False, 0
+
+    async def detach(self) -> None:
+        dev = self.dev
+        try:
+            if not dev.gone and dev.state is not XenbusState.CLOSED:
+                await self._drain()
+                await self._close()
+                await self._unmapped()
+        finally:
+            await self._tear_down()
+            self.stream.end(f"{dev.nameunit or dev.node} is gone")
+
+    def sysctl(self) -> Mapping[str, Callable[[], object]]:
+        stream = self.stream
+        return {
+            "rx_bytes": lambda: stream.rx_bytes,
+            "tx_bytes": lambda: stream.tx_bytes,
+            "tx_waiting": lambda: len(stream.peek()),
+            "tx_lost": lambda: self.lost,
+        }
+
+    def operations(self) -> Mapping[str, Operation]:
+        """See xenbus.bus.operations: what the guest reads and writes, for whoever has no program there."""
+        return {"read": self._op_read, "write": self._op_write}
+
+    async def _op_read(self, call: OperatorCall) -> object:
+        data = await self.stream.read(call.number("limit", BUFFER), call.number("seconds", 10))
+        return base64.b64encode(data).decode()
+
+    async def _op_write(self, call: OperatorCall) -> object:
+        data = base64.b64decode(call.text("data"), validate=True)
+        await self.stream.write(data, call.number("seconds", 10))
+        return len(data)
+
+    # -- the handshake
+
+    async def _initialise(self) -> None:
+        """The back end waits for us: a page and a port. One that was away and is here again gets new ones."""
+        dev = self.dev
+        if dev.state is XenbusState.CLOSED and not self._broke:
+            dev.renew()
+            await dev.set_state(XenbusState.INITIALISING)
+        if dev.state is not XenbusState.INITIALISING or self._link is not None:
+            return
+        self._page = await dev.grant_ring(1)
+        self._link = ConsoleLink(ConsoleRing(self._page.view, front=True), self.stream, self._broken)
+        self._channel = await dev.alloc_evtchn(self._link.kicked)
+        values = {RING_REF_KEY: self._page.refs[0], PORT_KEY: self._channel.port, "protocol": PROTOCOL}
+        await dev.set_state(XenbusState.INITIALISED, values)
+
+    async def _connect(self) -> None:
+        dev = self.dev
+        if dev.state is not XenbusState.CONNECTED:
+            await self._initialise()  # it may have skipped InitWait
+        link, channel = self._link, self._channel
+        if dev.state is not XenbusState.INITIALISED or link is None or channel is None:
+            return
+        if await dev.set_state(XenbusState.CONNECTED):
+            self._tries = 0
+            link.start(channel)
+
+    async def _back_restarted(self) -> None:
+        """It begins anew without having closed: the page is nobody's."""
+        if self.dev.state is XenbusState.CONNECTED:
+            await self._tear_down()
+            await self.dev.set_state(XenbusState.INITIALISING)
+
+    async def _closed(self) -> None:
+        """Closed, or its node is gone: nobody has our page any more. One that is to go on serving (`online`)
+        is asked for a new connection, which xenbusb_back then offers."""
+        dev = self.dev
+        if dev.state is XenbusState.INITIALISING:
+            return
+        await self._close()
+        await self._tear_down()
+        if self._broke or self._tries >= TRIES or dev.detaching or dev.gone:
+            return
+        try:
+            online = await dev.otherend_read_opt("online")
+        except XenbusError:
+            return  # gone, and nobody may look where it was
+        if online == "1":
+            self._tries += 1
+            dev.renew()
+            await dev.set_state(XenbusState.INITIALISING)
+
+    # -- the end
+
+    async def _close(self) -> None:
+        dev = self.dev
+        if dev.state is XenbusState.CLOSED:
+            return
+        await dev.set_state(XenbusState.CLOSING)
+        if self._link is not None:
+            self._link.hold()
+        await dev.set_state(XenbusState.CLOSED)
+
+    async def _drain(self) -> None:
+        """Until the back end has read what is on the ring and behind it, or has had its time."""
+        link = self._link
+        if link is None or self.dev.state is not XenbusState.CONNECTED:
+            return
+        empty = asyncio.get_running_loop().create_future()
+
+        def drained() -> None:
+            if not empty.done() and not self.stream.peek():
+                empty.set_result(None)
+
+        link.on_drained = drained
+        try:
+            link.pump()
+            await asyncio.wait([empty], timeout=DRAIN_TIMEOUT)
+        finally:
+            link.on_drained = None
+
+    async def _unmapped(self) -> None:
+        """Until the back end has let go of our page, which it does when it sees us Closed."""
+        if self._page is None or self.dev.otherend_state not in _MAPS:
+            return
+        try:
+            await self.dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
+        except (DeadlineError, LinkDown) as error:
+            self.dev.log.warning("its page is revoked though it may be mapped: %s", error)
+
+    async def _tear_down(self) -> None:
+        """Page and port are given back. Idempotent."""
+        link, self._link = self._link, None
+        channel, self._channel = self._channel, None
+        page, self._page = self._page, None
+        if link is not None:
+            link.stop()
+        if channel is not None:
+            await self.dev.close_evtchn(channel)
+        if page is not None:
+            await self.dev.revoke(page)
+
+    def _moved(self) -> None:
+        if self._link is not None:
+            self._link.pump()
+
+    def _broken(self, error: PeerError) -> None:
+        """The back end put nonsense into the page: nothing it says there is believed any more."""
+        self._broke = True
+        self.dev.spawn(self._give_up(error), name=f"{self.dev.nameunit} gives up")
+
+    async def _give_up(self, error: XenbusError) -> None:
+        await self.dev.fatal(error)
+        await self._tear_down()

@@ -1,0 +1,1 @@
+"""One far side a file. Importing a file registers its opener."""

@@ -1,0 +1,291 @@
+"""The receive ring of a guest, filled: packets from the port into the pages that the guest posted.
+
+Knows a ring, its port, the guest's pages and its filter; knows no store and no states. Responses stand in the
+slots of their requests, as Linux's netfront needs it (netif.h, "rx response").
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from xenbus.drivers.net import netif
+from xenbus.drivers.net.cable import Cable, unfit
+from xenbus.drivers.net.netif import (
+    BROADCAST,
+    EXTRA_SIZE,
+    NETIF_RSP_ERROR,
+    PAGE_SIZE,
+    RX_CSUM_BLANK,
+    RX_DATA_VALIDATED,
+    RX_EXTRA_INFO,
+    RX_MORE_DATA,
+    RX_REQUEST,
+    RX_RESPONSE,
+)
+from xenbus.drivers.net.packet import ETH_HLEN, Gso, Link, Packet
+from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece, Posted
+from xenbus.errors import PeerError
+from xenbus.hypervisor.interface import Channel
+from xenbus.ring.shared import BackRing
+
+# For each slot its (id, flags, size); of extra info (-1, Gso, gso_size).
+_Answer = tuple[tuple[int, int, int], ...]
+# Groups that a guest may ask for (netback's XEN_NETBK_MCAST_MAX).
+GROUPS_MAX: Final = 64
+
+
+class MulticastFilter:
+    """Of one guest, for all its queues. on: whether it applies"""
+
+    __slots__ = ("groups", "on")
+
+    def __init__(self) -> None:
+        self.on = False
+        self.groups: set[bytes] = set()
+
+    def change(self, add: bool, address: bytes) -> bool:
+        """False: there are as many as may be."""
+        if not add:
+            self.groups.discard(address)
+        elif len(self.groups) < GROUPS_MAX or address in self.groups:
+            self.groups.add(address)
+        else:
+            return False
+        return True
+
+    def wants(self, frame: Buffer) -> bool:
+        if not self.on or not frame[0] & 1:
+            return True
+        address = bytes(frame[:6])
+        return address == BROADCAST or address in self.groups
+
+
+class RxQueue:
+    """A Lane.
+
+    link:     what the guest takes
+    kicked:   whether the guest says so when it posts pages (feature-rx-notify); if not, nothing can wait
+    on_fatal: called once, with what the guest did to its ring; nothing more is read off it
+    """
+
+    def __init__(
+        self,
+        ring: BackRing,
+        pages: Pages,
+        cable: Cable,
+        link: Link,
+        multicast: MulticastFilter,
+        *,
+        kicked: bool,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_fatal: Callable[[PeerError], None],
+    ) -> None:
+        self._ring = ring
+        self._pages = pages
+        self._cable = cable
+        self._counters = cable.counters
+        self._link = link
+        self._longest = min(PAGE_SIZE, link.mtu + 18)
+        self._multicast = multicast
+        self._kicked = kicked
+        self._spawn = spawn
+        self._on_fatal = on_fatal
+        self._channel: Channel | None = None
+        self._posted: deque[tuple[int, int]] = deque()  # (id, gref) of requests that may be used
+        self._coming: Sequence[tuple[int, int]] = ()  # of those whose pages are being mapped
+        self._short = 0  # slots that there was no room for
+        self._over = False
+        self._idle: asyncio.Future[None] | None = None
+
+    # -- its life
+
+    def start(self, channel: Channel) -> None:
+        self._channel = channel
+        self.kick()
+
+    async def stop(self, seconds: float) -> bool:
+        """Nothing more goes in. False if pages were still being mapped after that time."""
+        self._over = True
+        if self._coming and seconds:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle], timeout=seconds)
+        return not self._coming
+
+    # -- requests
+
+    def kick(self) -> None:
+        """The event channel's handler: there may be pages for what waits."""
+        if not self._over and self._channel is not None and self._refill():
+            self._relieve()
+
+    def _relieve(self) -> None:
+        while self._short:
+            if len(self._posted) >= self._short:
+                self._short = 0
+                self._cable.room(self)
+                return
+            if self._coming or not self._more() or not self._refill():
+                return
+
+    def _refill(self) -> bool:
+        """Take every request there is. False: the guest broke its ring."""
+        if self._coming:
+            return True
+        try:
+            slots = self._ring.take_request_slots()
+        except PeerError as error:
+            self._over = True
+            self._on_fatal(error)
+            return False
+        if slots:
+            requests = list(RX_REQUEST.iter_unpack(slots))
+            missing = self._pages.missing([ref for _, ref in requests])
+            if missing:
+                self._coming = requests
+                self._spawn(self._bring(missing))
+            else:
+                self._posted.extend(requests)
+        return True
+
+    async def _bring(self, refs: Sequence[int]) -> None:
+        others = [ref for _, ref in (*self._posted, *self._coming)]
+        try:
+            await self._pages.bring(refs, others)
+        finally:
+            coming, self._coming = self._coming, ()
+            if self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+        if not self._over:
+            self._posted.extend(coming)
+            if self._refill():  # those that came meanwhile
+                self._relieve()
+
+    def _room_for(self, slots: int) -> bool:
+        """False: not now. Then `_relieve` is called once there is."""
+        posted = self._posted
+        while self._refill() and len(posted) < slots:
+            if self._coming or not self._more():
+                self._short = slots
+                break
+        return len(posted) >= slots
+
+    def _more(self) -> bool:
+        """Ask for a kick; True if there is no need to."""
+        try:
+            return self._ring.final_check_for_requests()
+        except PeerError as error:
+            self._over = True
+            self._on_fatal(error)
+            return False
+
+    # -- packets
+
+    def send(self, packets: Sequence[Packet]) -> int:
+        counters, posted, longest = self._counters, self._posted, self._longest
+        if self._over:
+            counters.tx_dropped += len(packets)
+            return len(packets)
+        filters = self._multicast.on
+        plain: list[Posted] = []  # a run of packets of one page each
+        taken = room = 0
+        for packet in packets:
+            data = packet.data
+            size = len(data)
+            if filters and size >= ETH_HLEN and not self._multicast.wants(data):
+                counters.multicast_filtered += 1
+            elif ETH_HLEN <= size <= longest and not packet.gso:
+                if not posted and not self._room_for(1):
+                    break
+                ident, ref = posted.popleft()
+                flags = 3 if packet.csum_blank else RX_DATA_VALIDATED if packet.data_validated else 0
+                plain.append((ref, ident, flags, size, data))
+                room += size
+                if room > BUFFER - PAGE_SIZE:
+                    self._finish_plain(plain)
+                    plain, room = [], 0
+            elif why := unfit(packet, self._link):
+                counters.bad_tx("length", why)
+            else:
+                slots = netif.data_slots(size) + bool(packet.gso)
+                if not self._room_for(slots):
+                    break
+                self._finish_plain(plain)
+                plain, room = [], 0
+                pieces, answer = self._long(packet, slots)
+                self._finish(((pieces, data),), (answer,))
+            taken += 1
+        self._finish_plain(plain)
+        self._push()
+        if taken < len(packets) and (not self._kicked or self._over):
+            # netif.h: who does not announce feature-rx-notify may never say that there is room again.
+            counters.tx_dropped += len(packets) - taken
+            self._short = 0
+            return len(packets)
+        return taken
+
+    def _long(self, packet: Packet, slots: int) -> tuple[list[Piece], _Answer]:
+        """A packet of several slots: its pieces, and what to answer in each."""
+        size, gso = len(packet.data), packet.gso
+        flags = RX_CSUM_BLANK | RX_DATA_VALIDATED if packet.csum_blank else 0
+        if packet.data_validated:
+            flags |= RX_DATA_VALIDATED
+        if gso:
+            flags |= RX_EXTRA_INFO
+        pieces: list[Piece] = []
+        answer: list[tuple[int, int, int]] = []
+        left = size
+        for slot in range(slots):
+            ident, ref = self._posted.popleft()
+            if gso and slot == 1:
+                answer.append((-1, gso, packet.gso_size))
+                continue
+            length = min(left, PAGE_SIZE)
+            left -= length
+            pieces.append((ref, 0, length))
+            answer.append((ident, flags | (RX_MORE_DATA if left else 0), length))
+            flags = 0
+        return pieces, tuple(answer)
+
+    def _finish(self, out: Sequence[tuple[Sequence[Piece], Buffer]], answers: Sequence[_Answer]) -> None:
+        """Copy, answer."""
+        ring, counters, pack = self._ring, self._counters, RX_RESPONSE.pack_into
+        slots = ring.slots
+        sent = octets = 0
+        for (_, data), done, answer in zip(out, self._pages.store(out), answers, strict=True):
+            if done:
+                sent += 1
+                octets += len(data)
+            else:
+                counters.bad_tx("copy", "a page that the guest posted may not be written")
+            for ident, flags, size in answer:
+                at = ring.claim_response()
+                if ident < 0:
+                    slots[at : at + EXTRA_SIZE] = netif.gso_extra(Gso(flags), size)
+                else:
+                    pack(slots, at, ident, 0, flags, size if done else NETIF_RSP_ERROR)
+        counters.tx_packets += sent
+        counters.tx_bytes += octets
+
+    def _finish_plain(self, packets: Sequence[Posted]) -> None:
+        """The same for packets of one page each."""
+        if not packets:
+            return
+        if not self._pages.store_plain(packets):
+            self._finish(
+                [(((ref, 0, size),), data) for ref, _, _, size, data in packets],
+                [((ident, flags, size),) for _, ident, flags, size, _ in packets],
+            )
+            return
+        ring, pack, octets = self._ring, RX_RESPONSE.pack_into, 0
+        for _, ident, flags, size, _ in packets:
+            pack(ring.slots, ring.claim_response(), ident, 0, flags, size)
+            octets += size
+        self._counters.tx_packets += len(packets)
+        self._counters.tx_bytes += octets
+
+    def _push(self) -> None:
+        if self._ring.push_responses() and self._channel is not None:
+            self._channel.notify()

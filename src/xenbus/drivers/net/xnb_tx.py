@@ -1,0 +1,229 @@
+"""The transmit ring of a guest, served: its packets off the ring, copied, answered, handed to the port.
+
+Knows a ring, its port, the guest's pages and the cable; knows no store and no states. A guest is answered
+once its packet was copied; while the port has no room nothing more is taken: the guest's ring is the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from xenbus.drivers.net.cable import Cable
+from xenbus.drivers.net.checksum_fix import with_blank_checksum
+from xenbus.drivers.net.netif import (
+    NETIF_RSP_ERROR,
+    NETIF_RSP_NULL,
+    NETIF_RSP_OKAY,
+    PAGE_SIZE,
+    TX_CSUM_BLANK,
+    TX_DATA_VALIDATED,
+    TX_REQUEST,
+    TX_RESPONSE,
+    BadPacket,
+)
+from xenbus.drivers.net.packet import ETH_HLEN, Packet
+from xenbus.drivers.net.xnb_chain import EXTRA, Chain, split
+from xenbus.drivers.net.xnb_pages import Buffer, Pages
+from xenbus.errors import PeerError
+from xenbus.hypervisor.interface import Channel
+from xenbus.ring.lookout import Lookout
+from xenbus.ring.shared import REQ_PROD, BackRing
+
+# Slots taken at a time, and served in one wake-up before the loop gets its turn: a flood starves nobody.
+BATCH: Final = 64
+WORK_PER_WAKEUP: Final = 256
+
+
+class TxQueue:
+    """on_groups: a guest changes its multicast filter: (add, address) each
+    on_error:  what was wrong with a packet
+    on_fatal:  called once, with what the guest did to its ring; nothing more is read off it
+    """
+
+    def __init__(
+        self,
+        ring: BackRing,
+        pages: Pages,
+        cable: Cable,
+        *,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        on_groups: Callable[[Sequence[tuple[bool, bytes]]], None],
+        on_error: Callable[[str], None],
+        on_fatal: Callable[[PeerError], None],
+    ) -> None:
+        self._ring = ring
+        self._lookout = Lookout(ring.words, REQ_PROD)
+        self._pages = pages
+        self._cable = cable
+        self._counters = cable.counters
+        self._spawn = spawn
+        self._on_groups = on_groups
+        self._on_error = on_error
+        self._on_fatal = on_fatal
+        self._channel: Channel | None = None
+        self._rest = b""  # of a chain whose end has not come
+        self._bringing = False
+        self._scheduled = False
+        self._stopped = False
+        self._idle: asyncio.Future[None] | None = None
+
+    # -- its life
+
+    def start(self, channel: Channel) -> None:
+        """Serve from now on; what is on the ring already is served at once."""
+        self._channel = channel
+        self.kick()
+
+    async def stop(self, seconds: float) -> bool:
+        """Take nothing more. False if pages were still being mapped after that time."""
+        self._stopped = True
+        if self._bringing and seconds:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle], timeout=seconds)
+        return not self._bringing
+
+    def hold(self) -> None:
+        self._stopped = True
+
+    def release(self) -> None:
+        self._stopped = False
+        self.kick()
+
+    # -- taking requests
+
+    def kick(self) -> None:
+        """The event channel's handler, and whatever else may have made it possible to go on."""
+        if self._stopped or self._scheduled or self._bringing or self._channel is None or self._cable.blocked:
+            return
+        try:
+            self._work(WORK_PER_WAKEUP)
+        except PeerError as error:
+            self._stopped = True
+            self._on_fatal(error)
+
+    def _work(self, budget: int) -> None:
+        ring = self._ring
+        while True:
+            slots = ring.take_request_slots(BATCH)
+            if slots:
+                if (self._rest or not self._plain(slots)) and not self._chains(self._rest + slots):
+                    return
+                if self._stopped or self._cable.blocked:
+                    return
+            # As the front: while we look we are not notified.
+            more = slots and self._lookout.moved(ring.req_cons)
+            if not more and not ring.final_check_for_requests():
+                return
+            budget -= max(1, len(slots) // ring.slot_size)
+            if budget <= 0:
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._again)
+                return
+
+    def _again(self) -> None:
+        self._scheduled = False
+        self.kick()
+
+    def _plain(self, slots: bytes) -> bool:
+        """Packets of one slot each, as most are, with pages that are known. False: nothing was done."""
+        requests = list(TX_REQUEST.iter_unpack(slots))
+        limit = min(PAGE_SIZE, self._cable.limit)
+        for _, offset, flags, _, size in requests:
+            if flags > 3 or not ETH_HLEN <= size <= limit or offset + size > PAGE_SIZE:
+                return False
+        fetched = self._pages.fetch_plain(requests)
+        if fetched is None:
+            return False
+        packets: list[Packet] = []
+        ring, pack, octets = self._ring, TX_RESPONSE.pack_into, 0
+        for data, (_, _, flags, ident, size) in zip(fetched, requests, strict=True):
+            packets.append(
+                Packet(data, flags & TX_CSUM_BLANK != 0, flags & TX_DATA_VALIDATED != 0)
+                if flags
+                else Packet(data)
+            )
+            octets += size
+            pack(ring.slots, ring.claim_response(), ident, NETIF_RSP_OKAY)
+        self._counters.rx_packets += len(packets)
+        self._counters.rx_bytes += octets
+        if ring.push_responses() and self._channel is not None:
+            self._channel.notify()
+        self._cable.deliver(packets)
+        return True
+
+    def _chains(self, slots: bytes) -> bool:
+        """Packets of any kind. False: their pages are to be mapped first, and a task goes on from there."""
+        chains, end = split(slots)
+        self._rest = slots[end:]
+        limit = self._cable.limit
+        for chain in chains:
+            if chain.size > limit and not chain.gso and chain.wrong is None:
+                chain.wrong = BadPacket("length", f"a packet of {chain.size} bytes: {limit} it may have")
+        good = [chain for chain in chains if chain.wrong is None and chain.pieces]
+        missing = self._pages.missing([ref for chain in good for ref, _, _ in chain.pieces])
+        if missing:
+            self._bringing = True
+            self._spawn(self._bring(missing, chains, good))
+            return False
+        self._finish(chains, good)
+        return True
+
+    async def _bring(self, refs: Sequence[int], chains: Sequence[Chain], good: Sequence[Chain]) -> None:
+        others = [ref for chain in good for ref, _, _ in chain.pieces]
+        try:
+            await self._pages.bring(refs, others)
+        finally:
+            self._bringing = False
+            if self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+        if not self._stopped:
+            self._finish(chains, good)
+            self.kick()
+
+    def _finish(self, chains: Sequence[Chain], good: Sequence[Chain]) -> None:
+        """Copy, answer, deliver."""
+        packets: list[Packet] = []
+        octets = 0
+        fetched = self._pages.fetch([chain.pieces for chain in good]) if good else []
+        for chain, data in zip(good, fetched, strict=True):
+            if data is None:
+                chain.wrong = BadPacket("copy", f"a page of a packet may not be read: {chain.pieces}")
+                continue
+            octets += chain.size
+            packet = self._packet(chain, data)
+            if packet is not None:
+                packets.append(packet)
+        self._counters.rx_packets += len(packets)
+        self._counters.rx_bytes += octets
+        self._answer(chains)
+        if packets:
+            self._cable.deliver(packets)
+
+    def _packet(self, chain: Chain, data: Buffer) -> Packet | None:
+        flags = chain.flags
+        blank, validated = flags & TX_CSUM_BLANK != 0, flags & TX_DATA_VALIDATED != 0
+        packet = Packet(data, blank, validated, chain.gso, chain.gso_size)
+        return with_blank_checksum(packet, self._counters) if chain.gso and not blank else packet
+
+    # -- answers
+
+    def _answer(self, chains: Sequence[Chain]) -> None:
+        ring, pack = self._ring, TX_RESPONSE.pack_into
+        for chain in chains:
+            status = NETIF_RSP_OKAY
+            if chain.wrong is not None:
+                status = NETIF_RSP_ERROR
+                self._counters.bad_rx(chain.wrong.kind, str(chain.wrong))
+                self._on_error(str(chain.wrong))
+            elif chain.groups:
+                self._on_groups(chain.groups)
+            for ident in chain.idents:
+                at = ring.claim_response()
+                if ident == EXTRA:
+                    pack(ring.slots, at, 0, NETIF_RSP_NULL)
+                else:
+                    pack(ring.slots, at, ident, status)
+        if ring.push_responses() and self._channel is not None:
+            self._channel.notify()

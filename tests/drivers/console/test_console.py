@@ -1,0 +1,591 @@
+"""xc and xcb together: bytes both ways, who is slow, who lies, who goes and comes back."""
+
+import asyncio
+import random
+import stat
+
+import pytest
+from tests.support.consoles import Operator, Rig, log_of, rig
+from tests.support.until import descriptors, until
+
+from xenbus.bus import Settings, Side, XenbusDriver
+from xenbus.bus import XenbusState as S
+from xenbus.drivers.console import Xc, Xcb, link
+from xenbus.drivers.console.consif import LIMIT, ConsoleRing
+from xenbus.drivers.console.stream import BUFFER
+from xenbus.drivers.console.terminal import TYPED_MAX
+from xenbus.errors import DeadlineError, LinkDown
+from xenbus.toolstack.console import ConsoleSpec
+from xenbus.toolstack.devices import DeviceFailed, detach_device, wait_connected, write_device
+
+
+def run(test, *drivers, **options):
+    """Everything is given back at the end: descriptors, too."""
+
+    async def main():
+        async with asyncio.timeout(30), rig(*drivers, **options) as made:
+            await test(made)
+
+    before = len(descriptors())
+    asyncio.run(main())
+    assert len(descriptors()) == before
+
+
+def test_bytes_cross_both_ways_and_all_is_given_back():
+    async def test(made: Rig):
+        await made.connected()
+        with made.operator() as operator:
+            await made.stream.write(b"login: ")
+            assert await operator.see(b"login: ") == b"login: "
+            # Raw: neither echoed nor made into lines, control characters as they are.
+            typed = bytes(range(256))
+            assert operator.type(typed) == 256
+            assert await made.stream.read() == typed
+            assert operator.look() == b""
+            await made.stream.write(typed)
+            assert await operator.see(typed[-4:]) == typed
+        values = made.front.sysctl(), made.back.sysctl()
+        assert [(v["rx_bytes"](), v["tx_bytes"]()) for v in values] == [(256, 263), (263, 256)]
+        await made.gone()
+
+    run(test)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_much_more_than_the_ring_holds(seed):
+    """100 000 bytes each way at once, in pieces of any size, arrive in order."""
+    dice = random.Random(seed)
+    there, back = dice.randbytes(100_000), dice.randbytes(100_000)
+
+    async def test(made: Rig):
+        await made.connected()
+        with made.operator() as operator:
+
+            async def guest_writes():
+                at = 0
+                while at < len(there):
+                    size = dice.choice((1, 7, 500, 2048, 5000))
+                    await made.stream.write(there[at : at + size])
+                    at += size
+
+            async def guest_reads():
+                read = b""
+                while len(read) < len(back):
+                    read += await made.stream.read(dice.choice((1, 100, 5000)))
+                return read
+
+            async def types():
+                at = 0
+                while at < len(back):
+                    at += operator.type(back[at : at + 700])
+                    await asyncio.sleep(0)
+
+            reading = asyncio.create_task(guest_reads())
+            typing, writing = asyncio.create_task(types()), asyncio.create_task(guest_writes())
+            seen = await operator.see(there[-20:], 20)
+            assert seen == there and await reading == back
+            await typing
+            await writing
+
+    run(test)
+
+
+def test_nobody_attached_loses_the_oldest_and_the_guest_never_waits():
+    async def test(made: Rig):
+        await made.connected()
+        line = b"%07d\n"
+        for number in range(0, 250_000, 1000):
+            await made.stream.write(b"".join(line % n for n in range(number, number + 1000)), 5)
+        await made.stream.drain()
+        await until(lambda: made.back.rx_bytes == 2_000_000)
+        values = made.back.sysctl()
+        assert values["waiting"]() == LIMIT
+        discarded = values["discarded"]()
+        assert 2_000_000 - LIMIT - 200_000 < discarded < 2_000_000 - LIMIT
+        with made.operator() as operator:
+            seen = await operator.see(line % 249_999)
+        # What the PTY itself held, then the newest, without a gap.
+        assert len(seen) == 2_000_000 - discarded and seen[-LIMIT:].splitlines()[1:] == [
+            b"%07d" % n for n in range(250_000 - LIMIT // 8 + 1, 250_000)
+        ]
+
+    run(test)
+
+
+def test_a_guest_that_does_not_read_holds_the_one_who_types():
+    async def test(made: Rig):
+        await made.connected()
+        with made.operator() as operator:
+            typed = 0
+            data = bytes(range(256)) * 4
+            quiet = 0
+            while quiet < 200:  # turns of the loop in which the PTY took nothing
+                count = operator.type(data[typed % 256 :])
+                typed += count
+                quiet = 0 if count else quiet + 1
+                await asyncio.sleep(0.001 if not count else 0)
+            # Stream, ring, what the back end keeps, the PTY: nothing else holds any.
+            assert typed < BUFFER + 1024 + 4096 + 64 * 1024
+            assert made.stream.room() == 0
+            terminal = made.back._terminal
+            assert len(terminal.keys) == TYPED_MAX and not terminal._reading  # the PTY is left alone
+            read = b""
+            while len(read) < typed:
+                read += await made.stream.read()
+            assert read == (data * (typed // 256 + 1))[:typed]
+
+    run(test)
+
+
+def test_words_and_lines_and_deadlines():
+    async def test(made: Rig):
+        with pytest.raises(AttributeError):
+            made.nothing  # noqa: B018
+        await made.plug()
+        early = made.stream
+        await early.write(b"before anybody was there\n")
+        await made.both(S.CONNECTED)
+        with made.operator() as operator:
+            await operator.see(b"there\n")
+            operator.type(b"one\ntwo\nthr")
+            assert [await early.read_until(), await early.read_until()] == [b"one\n", b"two\n"]
+            with pytest.raises(DeadlineError, match="whoever is behind"):
+                await early.read_until(seconds=0.05)
+            assert await early.read(2) == b"th" and await early.read() == b"r"
+            with pytest.raises(DeadlineError):
+                await early.read(seconds=0.05)
+        reader = asyncio.create_task(early.read())
+        await asyncio.sleep(0)
+        await made.gone()
+        with pytest.raises(LinkDown, match="is gone"):
+            await reader
+        with pytest.raises(LinkDown):
+            await early.write(b"x")
+
+    run(test)
+
+
+def test_a_writer_without_a_reader_has_a_deadline():
+    async def test(made: Rig):
+        await write_device(made.world.tool, made.spec)
+        await until(lambda: made.guest.front.devices and made.front_dev.device.attached)
+        with pytest.raises(DeadlineError):
+            await made.stream.write(bytes(BUFFER + 1), 0.05)
+        assert made.stream.try_write(b"x") == 0
+
+    run(test, Xc, None)
+
+
+def test_the_log_has_everything_and_is_bounded(tmp_path):
+    path = tmp_path / "guest.log"
+
+    async def test(made: Rig):
+        await made.connected(log=str(path), log_size=8192)
+        said = b""
+        for number in range(1500):
+            line = b"line %05d\n" % number
+            said += line
+            await made.stream.write(line)
+        await made.stream.drain()
+        await until(lambda: made.back.rx_bytes == len(said))
+        kept = log_of(path)
+        assert said.endswith(kept) and 8192 < len(kept) <= 2 * 8192
+        assert path.stat().st_size <= 8192 and stat.S_IMODE(path.stat().st_mode) == 0o600
+        await made.gone()
+        # The next one goes on in the same file.
+        size = path.stat().st_size
+        await made.connected(log=str(path), log_size=8192)
+        await made.stream.write(b"again")
+        await until(lambda: log_of(path).endswith(b"again"))
+        assert path.stat().st_size in (size + 5, 5, size + 5 - 8192)
+
+    run(test)
+
+
+def test_a_log_alone(tmp_path):
+    async def test(made: Rig):
+        await made.connected(pty=False, log=str(tmp_path / "log"))
+        assert not await made.world.tool.exists(f"{made.spec.paths.back}/tty")
+        await made.stream.write(b"hello")
+        await until(lambda: (tmp_path / "log").read_bytes() == b"hello")
+        await made.gone()
+
+    run(test)
+
+
+def test_a_log_that_cannot_be_written_ends_and_the_console_does_not(tmp_path, caplog):
+    async def test(made: Rig):
+        await made.connected(log="/dev/full")
+        with made.operator() as operator:
+            for _ in range(3):
+                await made.stream.write(b"words ")
+            await operator.see(b"words words words")
+        assert caplog.text.count("the console's log ends") == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"xenbus-log": "/nowhere/log"}, "ENOENT"),
+        ({"xenbus-log": "/tmp"}, "EISDIR"),
+        ({"output": "printer"}, "neither pty nor null"),
+        ({"xenbus-log-size": "1"}, "4096"),
+        ({"xenbus-log-size": "x"}, "xenbus-log-size"),
+    ],
+)
+def test_nodes_that_make_no_sense(keys, text):
+    async def test(made: Rig):
+        made.spec.back = {**made.spec.back, **keys}
+        await write_device(made.world.tool, made.spec)
+        with pytest.raises(DeviceFailed, match=text):
+            await wait_connected(made.world.tool, made.spec.paths, 5)
+        await made.gone(force=True)
+
+    run(test)
+
+
+def test_the_terminals_path_is_where_both_look():
+    async def test(made: Rig):
+        await made.connected()
+        path = made.back.sysctl()["tty"]()
+        store, paths = made.world.tool, made.spec.paths
+        assert await store.read_str(f"{paths.back}/tty") == path
+        assert await store.read_str(f"{paths.front}/tty") == path
+        assert [str(perm) for perm in await store.get_perms(f"{paths.front}/tty")] == ["n0", "r1"]
+
+    run(test)
+
+
+def test_the_first_console_is_nobodys_here():
+    async def test(made: Rig):
+        tool = made.world.tool
+        await tool.write("/local/domain/1/console/state", "1")
+        await made.world.plug("console", 0)
+        await made.connected()
+        assert (
+            list(made.guest.front.devices) == ["device/console/1"]
+            or not made.guest.front.devices["device/console/0"].device.attached
+        )
+        back = made.dom0.back.devices.get("backend/console/1/0")
+        assert back is None or not back.device.attached
+
+    run(test)
+
+
+# -- suspend, resume, ends that go and come back
+
+
+def test_a_suspend_that_is_cancelled_loses_nothing():
+    async def test(made: Rig):
+        await made.connected()
+        with made.operator() as operator:
+            for bus in made.guest.buses:
+                await bus.suspend()
+            await made.stream.write(b"while asleep")
+            operator.type(b"typed")
+            await asyncio.sleep(0.01)
+            assert operator.look() == b""
+            for bus in made.guest.buses:
+                await bus.resume(cancelled=True)
+            await operator.see(b"while asleep")
+            assert await made.stream.read() == b"typed"
+
+    run(test)
+
+
+def test_after_a_restore_the_stream_goes_on():
+    """Another back end device: what was written before is there, and what was typed."""
+
+    async def test(made: Rig):
+        await made.connected()
+        stream = made.stream
+        with made.operator() as operator:
+            operator.type(b"typed before")
+            await until(lambda: made.back.tx_bytes == 12)
+            await stream.write(b"last words ")
+            for bus in made.guest.buses:
+                await bus.suspend()
+            await operator.see(b"last words")
+        await stream.write(b"first words")
+        await detach_device(made.world.tool, made.spec.paths, timeout=0.05, force=True)
+        await until(lambda: not made.dom0.back.devices)
+        made.world.machine.domain(1)
+        await write_device(made.world.tool, made.spec)
+        for bus in made.guest.buses:
+            await bus.resume(cancelled=False)
+        await made.both(S.CONNECTED)
+        assert made.stream is stream and made.front.lost == 0
+        with made.operator() as operator:
+            assert await operator.see(b"first words") == b"first words"
+            operator.type(b", and after")
+            assert (await stream.read(12), await stream.read()) == (b"typed before", b", and after")
+
+    run(test)
+
+
+def test_what_was_typed_and_not_read_is_there_after_a_restore():
+    """More than the stream holds: the rest was on the page that is lost."""
+
+    async def test(made: Rig):
+        await made.connected()
+        stream, typed = made.stream, random.Random(5).randbytes(BUFFER + 700)
+        with made.operator() as operator:
+            at = 0
+            while at < len(typed):
+                at += operator.type(typed[at : at + 500])
+                await asyncio.sleep(0)
+            await until(lambda: made.back.tx_bytes == len(typed))
+        for bus in made.guest.buses:
+            await bus.suspend()
+        await detach_device(made.world.tool, made.spec.paths, timeout=0.05, force=True)
+        await until(lambda: not made.dom0.back.devices)
+        await write_device(made.world.tool, made.spec)
+        for bus in made.guest.buses:
+            await bus.resume(cancelled=False)
+        await made.both(S.CONNECTED)
+        read = b""
+        while len(read) < len(typed):
+            read += await stream.read(seconds=5)
+        assert read == typed
+
+    run(test)
+
+
+def test_a_back_end_that_goes_and_comes_back():
+    """`xenbus serve` ended in order and started anew: the guest's stream goes on, on another page."""
+
+    async def test(made: Rig):
+        await made.connected()
+        stream = made.stream
+        await made.dom0.back.detach()
+        await until(lambda: made.front_dev.state is S.INITIALISING)
+        assert made.dom0.hv.held() == made.before[0]
+        await stream.write(b"said to nobody")
+        await made.dom0.start(Settings(callback=5.0, detach=2.0, boot=2.0), inherits=True)
+        await made.dom0.back.attach()
+        await made.both(S.CONNECTED)
+        with made.operator() as operator:
+            assert await operator.see(b"nobody") == b"said to nobody"
+        await made.gone()
+
+    run(test)
+
+
+def test_a_back_end_that_was_killed_goes_on_with_the_same_page():
+    async def test(made: Rig):
+        await made.connected()
+        page = made.front._page
+        await made.dom0.back.release()
+        await made.dom0.store.close()
+        await made.stream.write(b"said meanwhile")
+        await made.dom0.start(Settings(callback=5.0, detach=2.0, boot=2.0), inherits=True)
+        await made.dom0.back.attach()
+        await until(lambda: made.back is not None and made.back.rx_bytes)
+        with made.operator() as operator:
+            assert await operator.see(b"meanwhile") == b"said meanwhile"
+            operator.type(b"ok")
+            assert await made.stream.read() == b"ok"
+        assert made.front._page is page and made.front_dev.counters.get("odd_moves", 0) == 0
+        assert await made.world.tool.read_str(f"{made.spec.paths.front}/tty") == made.back.sysctl()["tty"]()
+        await made.gone()
+
+    run(test)
+
+
+def test_a_back_end_device_that_is_replaced():
+    async def test(made: Rig):
+        for _ in range(3):
+            await made.connected()
+            await made.gone()
+
+    run(test)
+
+
+# -- peers that lie
+
+
+class Liar(XenbusDriver):
+    """A front end whose page and keys are whatever a test wants."""
+
+    name = "liar"
+    description = "Liar"
+    keys = None
+
+    async def otherend_changed(self, state):
+        if state is S.INIT_WAIT and self.dev.state is S.INITIALISING:
+            self.page = await self.dev.grant_ring(1)
+            self.ring = ConsoleRing(self.page.view, front=True)
+            self.channel = await self.dev.alloc_evtchn(lambda: None)
+            values = {"ring-ref": self.page.refs[0], "port": self.channel.port}
+            await self.dev.set_state(S.INITIALISED, {**values, **(self.keys or {})})
+        elif state is S.CONNECTED:
+            await self.dev.set_state(S.CONNECTED)
+        elif state is S.CLOSING:
+            await self.dev.set_state(S.CLOSED)
+
+    async def detach(self):
+        if hasattr(self, "ring"):
+            self.ring.release()
+
+
+@pytest.mark.parametrize(("at", "value"), [(3072, 5), (3076, 2000), (3080, 5), (3084, 1 << 31)])
+def test_a_front_with_bad_indices_is_closed_and_told(at, value):
+    async def test(made: Rig):
+        await made.connected()
+        liar = made.front
+        words = liar.page.view.cast("I")
+        words[at // 4] = value
+        words.release()
+        liar.channel.notify()
+        await until(lambda: made.front_dev.state is S.CLOSED and made.back_dev.state is S.CLOSED)
+        error = await made.world.tool.read_str("/local/domain/0/error/backend/console/1/1/error")
+        assert "apart in a ring" in error
+        assert made.dom0.hv.held() == made.before[0]
+        await made.gone()
+
+    run(test, Liar)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"ring-ref": "x"}, {"ring-ref": 9999}, {"port": ""}, {"port": 9999}, {"port": 1 << 40}]
+)
+def test_a_front_with_bad_keys(keys):
+    async def test(made: Rig):
+        await made.plug()
+        await until(lambda: made.back_dev.state in (S.CLOSING, S.CLOSED))
+        assert await made.world.tool.exists("/local/domain/0/error/backend/console/1/1/error")
+        assert made.dom0.hv.held().mapped_pages == 0
+        await made.gone(force=True)
+
+    run(test, type("Bad", (Liar,), {"keys": keys}))
+
+
+async def flooded(made):
+    """Until the back end does not listen any more; then something is said."""
+    await made.connected()
+    async with asyncio.timeout(10):
+        while not made.back.sysctl()["throttled"]():
+            made.front.channel.notify()
+            await asyncio.sleep(0)
+    assert made.front.ring.transmit.write(b"and then it spoke") == 17
+    made.front.channel.notify()
+
+
+def test_a_front_that_floods_is_not_listened_to(monkeypatch):
+    monkeypatch.setattr(link, "PERIOD", 1000.0)
+
+    async def test(made: Rig):
+        await flooded(made)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert made.back.rx_bytes == 0
+        await made.gone()
+
+    run(test, Liar)
+
+
+def test_a_front_that_flooded_is_listened_to_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(link, "PERIOD", 0.05)
+
+    async def test(made: Rig):
+        await flooded(made)
+        await until(lambda: made.back.rx_bytes == 17)
+
+    run(test, Liar)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_front_writes_into_its_page(seed):
+    """Bytes, indices and kicks by chance: it goes on, or the device is closed with an error node; no more."""
+    dice = random.Random(seed)
+
+    async def test(made: Rig):
+        for _ in range(25):
+            await made.connected()
+            liar = made.front
+            for _ in range(dice.randrange(1, 30)):
+                at = dice.choice((3072, 3076, 3080, 3084, dice.randrange(0, 4092, 4)))
+                value = dice.choice((dice.randrange(4096), dice.getrandbits(32), 0, 1 << 31))
+                liar.page.view[at : at + 4] = value.to_bytes(4, "little")
+                liar.channel.notify()
+                await asyncio.sleep(0)
+            await until(lambda: made.back_dev.mailbox.idle and made.back_dev.state in (S.CONNECTED, S.CLOSED))
+            if made.back_dev.state is S.CLOSED:
+                error = "/local/domain/0/error/backend/console/1/1/error"
+                assert "apart in a ring" in await made.world.tool.read_str(error)
+            await made.gone()
+
+    run(test, Liar)
+
+
+def test_a_console_that_is_stuck_is_no_other_devices_matter():
+    """A guest that reads none of it, and an operator who reads none: a second console goes on."""
+
+    async def test(made: Rig):
+        await made.connected()
+        other = ConsoleSpec(1, 2).device()
+        await write_device(made.world.tool, other)
+        await wait_connected(made.world.tool, other.paths, 5)
+        with made.operator() as stuck:
+            while stuck.type(bytes(1000)) or made.stream.room():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await made.stream.write(bytes(2 * BUFFER))
+            stream = made.guest.front.devices["device/console/2"].driver.stream
+            path = await made.world.tool.read_str(f"{other.paths.back}/tty")
+            with Operator(path) as operator:
+                for _ in range(50):
+                    await stream.write(b"question ")
+                    await operator.see(b"question ")
+                    operator.type(b"answer")
+                    assert await stream.read() == b"answer"
+        await detach_device(made.world.tool, other.paths)
+        await made.gone()
+
+    run(test)
+
+
+class LyingBack(XenbusDriver):
+    """A back end that maps the page and writes into it what it likes."""
+
+    name = "lyingb"
+    description = "Lying back end"
+
+    async def attach(self):
+        await self.dev.set_state(S.INIT_WAIT)
+
+    async def otherend_changed(self, state):
+        if state is S.INITIALISED:
+            said = await self.dev.otherend_gather({"ring-ref": int, "port": int})
+            self.page = await self.dev.map_ring([said["ring-ref"]])
+            self.channel = await self.dev.bind_evtchn(said["port"], lambda: None)
+            await self.dev.set_state(S.CONNECTED)
+        elif state in (S.CLOSING, S.CLOSED) and self.dev.state is not S.CLOSED:
+            await self.dev.set_state(S.CLOSED)
+
+
+@pytest.mark.parametrize(("at", "value"), [(3076, 1025), (3072, 1), (3080, 2049)])
+def test_a_back_with_bad_indices_ends_the_device_and_gets_no_other_page(at, value):
+    async def test(made: Rig):
+        await made.plug()
+        await made.both(S.CONNECTED)
+        await made.stream.write(b"x")
+        words = made.back.page.view.cast("I")
+        words[at // 4] = value
+        words.release()
+        made.back.channel.notify()
+        await until(lambda: made.front_dev.state is S.CLOSED)
+        await asyncio.sleep(0.02)
+        assert made.front_dev.state is S.CLOSED and made.guest.hv.held() == made.before[1]
+        assert made.front._link is None
+
+    run(test, Xc, LyingBack)
+
+
+def test_registered_under_both_types():
+    from xenbus.bus.driver import drivers
+
+    drivers.load_entry_points()
+    assert Xc in drivers.candidates(Side.FRONT, "console")
+    assert all(Xcb in drivers.candidates(Side.BACK, kind) for kind in ("console", "xcb"))

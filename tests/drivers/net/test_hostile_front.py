@@ -1,0 +1,405 @@
+"""xnb against a front end that lies: dropped and counted; good packets and other guests are served."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tests.drivers.net.test_chain import ADD, GSO, WRONG, extra
+from tests.support.raw_vif import DATA_PAGES, RawFront, lying, with_raw_front
+from tests.support.split import use
+from tests.support.until import until
+from tests.support.vif import frame, rig
+
+from xenbus.bus import XenbusState
+from xenbus.drivers.net import Gso, Packet, Xn, Xnb, netif
+from xenbus.drivers.net.netif import (
+    NETIF_RSP_ERROR,
+    NETIF_RSP_NULL,
+    NETIF_RSP_OKAY,
+    TX_EXTRA_INFO,
+    TX_MORE_DATA,
+)
+from xenbus.ring.shared import REQ_PROD
+
+S = XenbusState
+pytestmark = pytest.mark.usefixtures("either_way")
+
+
+async def still_serves(r, front):
+    """A good packet each way."""
+    before = len(front.answers)
+    front.data.view[:60] = frame(60, 9)
+    front.put(60, ident=9)
+    front.push()
+    assert (await r.far.get(5)).data == frame(60, 9)
+    assert (await front.answered(before + 1))[-1] == (9, NETIF_RSP_OKAY)
+    front.post(31)
+    front.push()
+    got = len(front.received)
+    await until(lambda: r.back._links[0].rx._posted)
+    await r.far.put(frame(70, 8))
+    await until(lambda: len(front.received) > got)
+    assert front.received[-1][1:] == (0, 0, 70)
+    assert bytes(front.data.view[31 * 4096 : 31 * 4096 + 70]) == frame(70, 8)
+
+
+@pytest.mark.parametrize(("raw", "kind"), [case[1:3] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_packets_are_answered_with_an_error(raw, kind):
+    async def check(r, front):
+        slots = len(raw) // netif.TX_SLOT_SIZE
+        for n in range(slots):
+            front.put_extra(raw[n * netif.TX_SLOT_SIZE : (n + 1) * netif.TX_SLOT_SIZE])
+        front.push()
+        answers = await front.answered(slots)
+        assert {status for _, status in answers} <= {NETIF_RSP_ERROR, NETIF_RSP_NULL}
+        assert answers[0][1] == NETIF_RSP_ERROR
+        counters = r.back.counters
+        assert (counters.rx_errors, getattr(counters, f"rx_{kind}_errors")) == (1, 1)
+        assert counters.last_error
+        await still_serves(r, front)
+        assert r.back_dev.state is S.CONNECTED
+
+    with_raw_front(check)
+
+
+@pytest.mark.parametrize("ref", [7, 12345, 2**32 - 1])
+def test_a_page_that_was_never_granted(ref):
+    """Its packet is lost; the one before it and the one after it, of the same batch, are not."""
+
+    async def check(r, front):
+        front.data.view[:60], front.data.view[4096 : 4096 + 61] = frame(60), frame(61)
+        front.put(60, ident=1)
+        front.put(60, ref=ref, ident=2)
+        front.put(5000, page=2, ident=3, flags=TX_MORE_DATA)
+        front.put(1000, ref=ref, ident=4)
+        front.put(61, page=1, ident=5)
+        front.push()
+        error = NETIF_RSP_ERROR
+        assert await front.answered(5) == [(1, 0), (2, error), (3, error), (4, error), (5, 0)]
+        assert [(await r.far.get(5)).data for _ in range(2)] == [frame(60), frame(61)]
+        assert r.back.counters.rx_copy_errors == 2
+        await still_serves(r, front)
+
+    with_raw_front(check, mtu="9000")
+
+
+def test_a_page_may_be_granted_later():
+    """What was refused once is asked for again: a guest may use a reference anew."""
+
+    async def check(r, front):
+        ref = front.data.refs[-1] + 1
+        front.put(60, ref=ref)
+        front.push()
+        assert (await front.answered(1))[0][1] == NETIF_RSP_ERROR
+        pages = await front.dev.grant_ring(1)
+        assert pages.refs == (ref,)
+        pages.view[:60] = frame(60, 3)
+        front.put(60, ref=ref)
+        front.push()
+        assert (await r.far.get(5)).data == frame(60, 3)
+
+    with_raw_front(check)
+
+
+def test_pages_to_receive_into_that_were_never_granted():
+    async def check(r, front):
+        front.post(0)
+        front.post(0, ref=4711)
+        front.post(1)
+        front.push()
+        for n in range(3):
+            await r.far.put(frame(60, n))
+        await until(lambda: len(front.received) == 3)
+        assert [status for *_, status in front.received] == [60, NETIF_RSP_ERROR, 60]
+        assert r.back.counters.tx_copy_errors == 1
+        await still_serves(r, front)
+
+    with_raw_front(check)
+
+
+def test_ever_new_pages_are_not_all_kept():
+    """A front that names other pages each time: what is mapped for it is bounded."""
+
+    async def check(r, front):
+        for n in range(12):
+            pages = await front.dev.grant_ring(64)
+            for ref in pages.refs:
+                front.put(60, ref=ref)
+                front.post(0, ref=ref)
+            front.push()
+            await front.answered(64 * (n + 1))
+            for _ in range(64):
+                await r.far.get(5)
+                await r.far.put(frame(60))
+            await until(lambda n=n: len(front.received) == 64 * (n + 1))
+            assert r.back_dev.counts()["mapped_pages"] <= 2 + 2 * 512
+        assert not r.back.counters.rx_errors + r.back.counters.tx_errors
+        await still_serves(r, front)
+
+    with_raw_front(check)
+
+
+def test_a_chain_in_pieces():
+    """Its end comes later: nothing is lost, and nothing else waits for it but what is behind it."""
+
+    async def check(r, front):
+        for page in range(3):
+            front.data.view[page * 4096 : (page + 1) * 4096] = bytes([page]) * 4096
+        front.put(3 * 4096, flags=TX_MORE_DATA)
+        front.push()
+        front.put(4096, page=1, flags=TX_MORE_DATA)
+        front.post(5)
+        front.push()
+        await r.far.put(frame(60))  # the loop has gone round
+        await until(lambda: front.received)
+        assert not front.answers
+        front.put(4096, page=2)
+        front.push()
+        assert (await r.far.get(5)).data == b"".join(bytes([page]) * 4096 for page in range(3))
+
+    with_raw_front(check, mtu="16000")
+
+
+@pytest.mark.parametrize("kind", ["data", "extra info", "req_prod", "rx req_prod"])
+def test_what_breaks_a_ring_ends_the_device(kind):
+    async def check(r, front):
+        if kind == "data":
+            for _ in range(64):
+                front.put(60, flags=TX_MORE_DATA)
+        elif kind == "extra info":
+            front.put(60, flags=TX_EXTRA_INFO)
+            for _ in range(64):
+                front.put_extra(extra(GSO, True))
+        elif kind == "req_prod":
+            front.tx.words[REQ_PROD] = 5000
+        else:
+            front.rx.words[REQ_PROD] = 5000
+        front.push()
+        if "req_prod" in kind:
+            ring = front.rx if "rx" in kind else front.tx
+            ring.words[REQ_PROD] = 5000
+            front.channel.notify()
+        await until(lambda: r.back_dev.state in (S.CLOSING, S.CLOSED))
+        await until(lambda: not r.back_dev.counts()["mapped_pages"])
+        error = await r.error_of(r.bnode)
+        assert "req_prod jumped" in error if "req_prod" in kind else "does not end" in error
+        assert r.far.peer is None
+
+    with_raw_front(check)
+
+
+LIES = [
+    ({"request-rx-copy": 0}, "request-rx-copy is not 1"),
+    ({"request-rx-copy": None}, "request-rx-copy is not 1"),
+    ({"tx-ring-ref": None}, "tx-ring-ref is missing"),
+    ({"rx-ring-ref": "tx-ring-ref"}, "is that of tx-ring-ref already"),
+    ({"tx-ring-ref": 9999}, "grant 9999"),
+    ({"tx-ring-ref": "x"}, "no number"),
+    ({"event-channel": None}, "event-channel is missing"),
+    ({"event-channel": 4000}, "4000"),
+    ({"event-channel-tx": 1, "event-channel-rx": 1}, "is that of event-channel-tx already"),
+    ({"multi-queue-num-queues": 0}, "0, 1 to 4 it can be"),
+    ({"multi-queue-num-queues": 5}, "5, 1 to 4 it can be"),
+    ({"multi-queue-num-queues": 2}, "queue-0/tx-ring-ref is missing"),
+]
+
+
+@pytest.mark.parametrize(("lies", "says"), LIES, ids=lambda value: str(value))
+def test_parameters_that_make_no_sense(lies, says):
+    async def run():
+        async with rig(front=lying(lies=lies)) as r:
+            await r.plug()
+            await until(lambda: r.guest.front.devices and r.dom0.back.devices)
+            await until(lambda: r.back_dev.state in (S.CLOSING, S.CLOSED))
+            assert says in await r.error_of(r.bnode)
+            await r.gone()
+
+    asyncio.run(run())
+
+
+def test_a_ring_that_is_never_refilled():
+    """The guest takes three packets and no more: what waits is dropped, until it takes some again."""
+
+    async def check(r, front):
+        r.back.cable.stall = 0.05
+        for page in range(3):
+            front.post(page)
+        front.push()
+        for n in range(3):
+            await r.far.put(frame(60, n))
+        packets = [Packet(frame(60))] * 10
+        assert r.far.put_many(packets) == 0
+        assert r.back.cable.waiting == 0
+        await r.far.put(frame(61))  # goes once the guest was given up
+        counters = r.back.counters
+        assert counters.tx_stalls == 1
+        assert r.far.put_many(packets) == 10
+        assert counters.tx_dropped == 11
+        front.post(3)
+        front.push()
+        await until(lambda: not r.back.cable._stalled)
+        await r.far.put(frame(62))
+        await until(lambda: len(front.received) == 4)
+        await still_serves(r, front)
+
+    with_raw_front(check)
+
+
+def test_a_long_packet_waits_for_all_its_pages():
+    """They come in portions: it goes once there are enough, and not before."""
+
+    async def check(r, front):
+        packet = Packet(frame(65535), True, True, Gso.TCPV4, 1448)
+        task = asyncio.ensure_future(r.far.put(packet))
+        for page in range(17):
+            assert not front.received
+            front.post(page)
+            if front.rx.push_requests():  # as a good front: only where it is asked for
+                front.channel.notify()
+            await until(lambda page=page: len(r.back._links[0].rx._posted) == page + 1 or front.received)
+        await task
+        await until(lambda: len(front.received) == 17)
+        got = [bytes(front.data.view[n * 4096 : (n + 1) * 4096]) for n in range(17) if n != 1]
+        assert b"".join(got)[:65535] == frame(65535)
+
+    with_raw_front(check)
+
+
+def test_a_whole_ring_of_long_packets_in_one_call():
+    """More bytes than one grant copy has room for."""
+
+    async def check(r, front):
+        for n in range(256):
+            front.post(n % DATA_PAGES)
+        front.push()
+        await until(lambda: len(r.back._links[0].rx._posted) == 256)
+        packets = [Packet(frame(65535, n), True, True, Gso.TCPV4, 1448) for n in range(15)]
+        assert r.far.put_many(packets) == 15
+        await until(lambda: len(front.received) == 255)
+        assert r.back.counters.tx_packets == 15
+
+    with_raw_front(check)
+
+
+def test_what_comes_while_pages_are_brought_does_not_overtake():
+    async def check(r, front):
+        await still_serves(r, front)  # page 0 is known from here on
+        tx = r.back._links[0].tx
+        front.data.view[4096 : 4096 + 61] = frame(61)
+        for page, size in ((1, 61), (0, 60)):
+            front.put(size, page=page)
+            front.push()
+            tx.kick()
+        assert [len((await r.far.get(5)).data) for _ in range(2)] == [61, 60]
+
+    with_raw_front(check)
+
+
+def test_without_rx_notify_nothing_waits():
+    async def check(r, front):
+        front.post(0)
+        front.push()
+        await until(lambda: r.back._links[0].rx._posted)
+        assert r.far.put_many([Packet(frame(60))] * 3) == 3
+        assert r.back.counters.tx_dropped == 2
+        await until(lambda: front.received)
+        await still_serves(r, front)
+
+    with_raw_front(check, front=lying(lies={"feature-rx-notify": None}))
+
+
+def test_a_front_without_sg_gets_no_chains():
+    async def check(r, front):
+        assert r.far.peer.mtu == 1500
+        await r.far.put(Packet(frame(9000), True, True, Gso.TCPV4, 1448))
+        await r.far.put(frame(9000))
+        await still_serves(r, front)
+        assert len(front.received) == 1
+        assert r.back.counters.tx_errors == 2
+
+    with_raw_front(check, front=lying(lies={"feature-sg": 0}), mtu="9000")
+
+
+def test_groups_are_bounded():
+    async def check(r, front):
+        for n in range(100):
+            front.put(0, flags=TX_EXTRA_INFO, ident=n)
+            front.put_extra(extra(ADD[:6] + n.to_bytes(2, "big")))
+            front.push()
+            await front.answered(2 * n + 2)
+        assert {status for _, status in front.answers} == {NETIF_RSP_OKAY, NETIF_RSP_NULL}
+        assert len(r.back.multicast.groups) == 64
+        await still_serves(r, front)
+
+    with_raw_front(check)
+
+
+def test_nobody_reads_on_the_far_side():
+    """The packet interface drops what nobody takes: the guest is answered all the same, memory is bounded."""
+
+    async def check(r, front):
+        for n in range(40):
+            for ident in range(64):
+                front.put(60, ident=ident)
+            front.push()
+            await front.answered(64 * (n + 1))
+        assert r.far.counters() == {"dropped": 40 * 64 - 1024, "waiting": 1024}
+
+    with_raw_front(check)
+
+
+def test_a_flood_does_not_starve_the_loop_or_another_guest():
+    """A front that refills its ring whenever it is asked, beside one that sends a frame now and then."""
+
+    class Flood(RawFront):
+        rounds = 0
+
+        def kicked(self):
+            super().kicked()
+            if self.flooding:
+                self.flood()
+
+        flooding = False
+
+        def flood(self):
+            self.rounds += 1
+            while self.tx.free():
+                self.put(60, ident=1)
+            self.tx.push_requests()
+            self.channel.notify()
+
+    async def run():
+        async with rig(front=Xn) as r:
+            await r.up()
+            r.world.registry._drivers.clear()
+            use(r.world, Flood, Xnb, "vif")
+            good = r.front, r.back
+            r.devid = 1
+            await r.plug()
+            await r.states(S.CONNECTED, S.CONNECTED)
+            r.front.flooding = True
+            r.front.flood()
+            flood = r.front
+            for n in range(100):
+                rounds = flood.rounds
+                await good[0].cable.port.put(frame(60, n))
+                assert (await good[1].cable.port.get(5)).data == frame(60, n)
+                await until(lambda rounds=rounds: flood.rounds > rounds)
+            flood.flooding = False
+
+    asyncio.run(run())
+
+
+def test_all_pages_at_once():
+    """Every slot of both rings, each page used many times over."""
+
+    async def check(r, front):
+        for n in range(256):
+            front.put(60, page=n % DATA_PAGES, ident=n)
+        front.push()
+        answers = await front.answered(256)
+        assert answers == [(n, NETIF_RSP_OKAY) for n in range(256)]
+        assert not r.back.counters.rx_errors
+
+    with_raw_front(check)

@@ -1,0 +1,250 @@
+"""A back end that is killed, and another process that goes on: real processes over the broker, real rings.
+
+The front is xn in this process; it must see nothing but a pause, and frames that are lost or come twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from tests.support.back_process import BackProcess
+from tests.support.until import until
+from tests.support.vif import MAC, frame
+
+from xenbus.bus import FrontBus, Settings, XenbusState
+from xenbus.drivers.net import Gso, Packet, Xn
+from xenbus.errors import DeadlineError
+from xenbus.hypervisor.broker import Broker, connect
+from xenbus.hypervisor.interface import Held
+from xenbus.newbus import Newbus
+from xenbus.toolstack.devices import DeviceSpec, detach_device, wait_connected, write_device
+from xenbus.toolstack.paths import DevicePaths
+from xenbus.xenstore.client import Client
+from xenbus.xenstore.daemon import Daemon
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+S = XenbusState
+
+
+class Rig:
+    """A broker, a store, a guest with its front bus; back ends come and go."""
+
+    def __init__(self, tmp_path) -> None:
+        self.socket = str(tmp_path / "store")
+        self.back: BackProcess | None = None
+
+    async def start(self) -> None:
+        self.broker = Broker()
+        for domid in (0, 1):
+            self.broker.create(domid)
+        self.zero, self.one = await connect(self.broker.handle(0)), await connect(self.broker.handle(1))
+        self.daemon = Daemon(self.zero)
+        await self.daemon.listen_unix(self.socket)
+        self.tool = await Client.connect(self.daemon.connect_local(0))
+        for domid in (0, 1):
+            await self.tool.write(f"/local/domain/{domid}/name", f"domain{domid}")
+            await self.tool.set_perms(f"/local/domain/{domid}", [f"n{domid}"])
+        store = await Client.connect(self.daemon.connect_local(1))
+        tree = Newbus()
+        parent = tree.add_child(tree.root, name="xenstore")
+        self.bus = FrontBus(store, self.one, parent, settings=Settings(detach=5.0))
+        await self.bus.attach()
+
+    async def close(self) -> None:
+        if self.back is not None and self.back.process.returncode is None:
+            await self.back.kill()
+        await self.bus.detach()
+        await self.bus.store.close()
+        await self.tool.close()
+        await self.daemon.close()
+        await self.one.close()
+        await self.zero.close()
+        await self.broker.close()
+
+    async def rise(self, **options) -> BackProcess:
+        self.back = await BackProcess.start(self.socket, self.broker.handle(0), **options)
+        return self.back
+
+    async def plug(self) -> None:
+        paths = DevicePaths("vif", 0, 1, 0)
+        self.spec = DeviceSpec(
+            paths,
+            {"mac": MAC, "mtu": "9000", "xenbus-port": "packet:?offloads=1"},
+            {"mac": MAC, "mtu": "9000", "xenbus-port": "echo:"},
+        )
+        await write_device(self.tool, self.spec)
+        await wait_connected(self.tool, paths)
+        self.port = self.bus.devices["device/vif/0"].driver.port
+        await self.port.linked(5)
+
+    async def unplug(self) -> None:
+        assert await detach_device(self.tool, self.spec.paths)
+        await until(lambda: self.broker.held(0) == Held(0, 0, 0))
+
+    async def echo(self, packet: Packet) -> None:
+        """Until it comes back; what others left on the way is skipped."""
+        await self.port.put(packet, 5)
+        while (await self.port.get(5)).data != packet.data:
+            pass
+
+    async def echoes(self, first: int, count: int = 50) -> None:
+        for number in range(first, first + count):
+            await self.echo(Packet(frame(60, 1) + number.to_bytes(4, "big")))
+        await self.echo(Packet(frame(9014, first)))
+        await self.echo(Packet(frame(65535, first), True, True, Gso.TCPV4, 1448))
+
+
+@asynccontextmanager
+async def rig(tmp_path):
+    made = Rig(tmp_path)
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def run(test, tmp_path):
+    async def main():
+        async with rig(tmp_path) as r:
+            await test(r)
+
+    asyncio.run(main())
+
+
+def test_killed_and_gone_on_with(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.echoes(0)
+        seen = []
+        r.bus.observe(lambda dev, what: seen.append((what, dev.state, dev.otherend_state)))
+        for number in range(1, 4):
+            await r.back.kill()
+            # What is sent meanwhile waits on the ring.
+            r.port.put_many([Packet(frame(61, number))] * 20)
+            await r.rise()
+            await r.echoes(number * 1000)
+        assert seen == [], "the front saw more than a pause"
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_killed_in_the_middle_of_traffic(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        over = False
+
+        async def pour():
+            while not over:
+                try:
+                    await r.port.put(frame(1514), 0.5)
+                except DeadlineError:
+                    pass  # nobody serves the ring at the moment
+                await asyncio.sleep(0)
+
+        async def drain():
+            while not over:
+                try:
+                    await r.port.get(0.1)
+                except DeadlineError:
+                    pass
+
+        tasks = [asyncio.create_task(pour()), asyncio.create_task(drain())]
+        for _ in range(4):
+            before = r.bus.devices["device/vif/0"].driver.counters.rx_packets
+            await until(
+                lambda before=before: r.bus.devices["device/vif/0"].driver.counters.rx_packets > before + 300,
+                20,
+            )
+            await r.back.kill()
+            await r.rise()
+        over = True
+        await asyncio.gather(*tasks)
+        assert not r.bus.devices["device/vif/0"].driver.counters.rx_errors
+        await r.echoes(7000)
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_handed_over(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.echoes(0)
+        assert await r.back.hand_over() == "released"
+        await r.rise()
+        await r.echoes(1000)
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_front_end_that_began_anew_meanwhile(tmp_path):
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.back.kill()
+        await r.tool.write("/local/domain/1/device/vif/0/state", "1")
+        await until(lambda: not r.port.peer)
+        await r.rise()
+        await until(lambda: r.bus.devices["device/vif/0"].state is S.CONNECTED)
+        r.port = r.bus.devices["device/vif/0"].driver.port
+        await r.port.linked(10)
+        await r.echoes(0)
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_a_back_end_that_does_not_inherit(tmp_path):
+    """The device is left alone until somebody arms it; then both begin anew, by themselves."""
+
+    async def test(r):
+        await r.rise()
+        await r.plug()
+        await r.back.kill()
+        await r.rise(inherits=False)
+        assert await r.tool.read(f"{r.spec.paths.back}/state") == b"4"
+        await r.tool.write(f"{r.spec.paths.back}/state", "1")
+        await until(lambda: not r.port.peer)
+        await r.port.linked(10)
+        await r.echoes(0)
+        await r.unplug()
+
+    run(test, tmp_path)
+
+
+def test_across_processes(tmp_path):
+    """Every kind of packet, and more than the rings hold, with the back end in another process."""
+
+    class Several(Xn):
+        num_queues = 3
+
+    async def test(r):
+        from xenbus.bus import Side, drivers
+
+        drivers.remove(Xn)
+        drivers.add(Side.FRONT, "vif", Several)
+        try:
+            await r.rise()
+            await r.plug()
+            await r.echoes(0, 500)
+            sent = [frame(60 + n) for n in range(1000)]
+            got = []
+            for n in range(0, 1000, 20):
+                for data in sent[n : n + 20]:
+                    await r.port.put(data, 5)
+                got += [(await r.port.get(5)).data for _ in range(20)]
+            assert sorted(got) == sorted(sent)
+            await r.unplug()
+        finally:
+            drivers.remove(Several)
+            drivers.add(Side.FRONT, "vif", Xn)
+
+    run(test, tmp_path)
