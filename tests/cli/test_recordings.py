@@ -144,6 +144,38 @@ def test_the_commands_own_exit_code(daemon, xenbus, tmp_path) -> None:
     assert xenbus("record", *at(daemon), tmp_path / "t", "--", "sh", "-c", "kill -9 $$")[0] == 137
 
 
+def test_who_ends_it_ends_the_command(daemon, tmp_path) -> None:
+    """SIGTERM is passed on, SIGINT is the command's own; what it says at its end is recorded too."""
+    tape = tmp_path / "t"
+    program = """
+import signal
+from xenbus.xenstore.sync import SyncClient
+with SyncClient.connect() as store:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    print("began", store.connected, flush=True)
+    signal.sigwait([signal.SIGTERM])
+    store.write("/last", "1")
+raise SystemExit(5)
+"""
+    command = [sys.executable, "-m", "xenbus.cli.main", "store", "record", str(tape)]
+    command += ["--socket", str(daemon.socket), "--", *PYTHON, program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "began True\n"
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=10)
+            assert process.returncode == 5 and "2 messages" in err, err
+        finally:
+            process.kill()
+    assert [record.message.op for record in read_recording(tape)] == [Op.WRITE, Op.WRITE]
+
+
+def test_a_disk_without_room_is_no_matter_for_the_command(daemon, xenbus) -> None:
+    code, _, err = xenbus("record", *at(daemon), "/dev/full", "--", *PYTHON, CLIENT)
+    assert code == 0 and "the rest was not recorded" in err, err
+
+
 def test_a_socket_for_whoever_connects(daemon, tmp_path) -> None:
     tape, where = tmp_path / "tape", tmp_path / "s"
     command = [sys.executable, "-m", "xenbus.cli.main", "store", "record", str(tape)]

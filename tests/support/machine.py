@@ -54,7 +54,9 @@ class Machine:
         """A domain begins, with an empty ring page."""
         home = self.folder / str(domid)
         home.mkdir(exist_ok=True)
-        (home / "page").write_bytes(bytes(PAGE_SIZE))
+        # A new file: a daemon may still have the page of the one before it mapped.
+        (home / "new").write_bytes(bytes(PAGE_SIZE))
+        (home / "new").rename(home / "page")
         os.close(_open_fifo(home / "kick"))
         (home / "state").write_text("")
 

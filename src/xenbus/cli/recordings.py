@@ -87,6 +87,7 @@ async def _record(tape: Tape, where: str, listen: Path, command: tuple[str, ...]
 
 async def _run(command: tuple[str, ...], listen: Path) -> int:
     import asyncio
+    import contextlib
 
     environment = os.environ | {"XENSTORED_PATH": str(listen), STORE_VARIABLE: str(listen)}
     environment.pop(DIR_VARIABLE, None)  # by which our own commands would pass the recorder by
@@ -96,6 +97,17 @@ async def _run(command: tuple[str, ...], listen: Path) -> int:
         process = await asyncio.create_subprocess_exec(*command, env=environment)
     except OSError as error:
         raise UsageError(f"{command[0]}: {error.strerror}") from None
+
+    def pass_on(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+    # The end is the command's to decide: it may have more to say to the store. A terminal's
+    # Ctrl-C is sent to it as well.
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, pass_on, number)
     code = await process.wait()
     return code if code >= 0 else 128 - code
 

@@ -387,9 +387,6 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str, state: 
       xenbus store serve --dir /tmp/store &
       XENSTORED_RUNDIR=/tmp/store xenstore-ls
     """
-    import os
-    import sys
-
     from xenbus.xenstore.daemon.__main__ import serve as serve_store
     from xenbus.xenstore.daemon.loop import run
     from xenbus.xenstore.engine import profile_of
@@ -401,9 +398,14 @@ def serve(directory: Path | None, quotas: tuple[str, ...], profile: str, state: 
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror}") from None
-    sys.stdout.flush()
-    ready = os.dup(sys.stdout.fileno())
-    run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen, state=state))
+    run(serve_store(str(place / "socket"), limits, ready=_say_ready, profile=chosen, state=state))
+
+
+def _say_ready() -> None:
+    try:
+        click.echo("ready")
+    except OSError as error:
+        raise UsageError(f"standard output: {error.strerror}") from None
 
 
 add_to(command, address_options)

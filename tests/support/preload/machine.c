@@ -16,6 +16,9 @@
  * No header of Xen is needed: layouts are those of Xen 4.17's xenctrl.h and domctl.h.
  */
 #define _GNU_SOURCE
+/* Compilers that set these make other functions of open() and its like. */
+#undef _FORTIFY_SOURCE
+#undef _FILE_OFFSET_BITS
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

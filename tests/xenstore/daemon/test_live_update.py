@@ -193,7 +193,17 @@ def test_guests_on_rings_go_on(rundir: Path) -> None:
 
         worker = threading.Thread(target=work)
         worker.start()
+        # It reads the store, and is gone when its turn comes: the rings that were given back are taken again.
+        vanishing = rundir / "vanishing"
+        program = f'rm "$0"\nexec {sys.executable} -m tests.support.kept_store "$@"'
+        vanishing.write_text(f"#!/bin/sh\n{program}\n")
+        vanishing.chmod(0o755)
         try:
+            said = asyncio.run(update(dom0, program=str(vanishing)))  # type: ignore[arg-type]
+            assert said == f"{vanishing}: No such file or directory"
+            before = counts[0]
+            while counts[0] < before + 20:
+                assert worker.is_alive()
             for number in range(2):
                 assert asyncio.run(update(dom0)) == "OK"  # type: ignore[arg-type]
                 before = counts[0]

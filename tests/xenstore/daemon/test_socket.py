@@ -8,8 +8,9 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from xenbus.errors import StoreError, UsageError
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon import Daemon
 from xenbus.xenstore.daemon import server as daemon_server
+from xenbus.xenstore.daemon.session import BUDGET
 from xenbus.xenstore.engine import Connection, Engine, Quotas
 from xenbus.xenstore.wire import Message, Op, encode
 
@@ -45,6 +47,28 @@ def test_the_socket_is_domain_0s_alone_from_the_start_and_gone_at_the_end(tmp_pa
         finally:
             os.umask(before)
         assert not path.exists()
+
+    asyncio.run(run())
+
+
+def test_more_requests_at_once_than_a_turn_serves(tmp_path: Path) -> None:
+    """What is left has its turns without anything else to wake the daemon, one at a time."""
+
+    async def run() -> None:
+        count = 5 * BUDGET
+        async with daemon_at(tmp_path / "socket") as daemon:
+            client = await RawStore.connect(tmp_path / "socket")
+            await client.send(b"".join(client.request(Op.READ, "/") for _ in range(count)))
+            assert [one.req_id for one in await client.receive(count)] == list(range(1, count + 1))
+            (session,) = daemon._sessions.values()
+            turns: list[Callable[[], None]] = []
+            session._loop = SimpleNamespace(call_soon=turns.append)  # type: ignore[assignment]
+            for count in (1, 2):
+                session.schedule()
+                session.schedule()
+                assert len(turns) == count
+                turns[-1]()
+            client.close()
 
     asyncio.run(run())
 

@@ -46,6 +46,63 @@ def test_a_transaction_sees_the_tree_as_it_was_when_it_started(dom0: Talk, other
     assert dom0.read("/a/x", second) == b"middle", "one that ends takes nothing from another"
 
 
+def test_names_that_come_and_go_are_not_kept_for_a_transaction(
+    engine: Engine, dom0: Talk, other: Talk
+) -> None:
+    dom0.write("/a/kept", "old")
+    first = dom0.start()
+    history = engine.beside.history
+
+    def kept() -> int:
+        sizes, epoch = 0, history.newest
+        while epoch is not None:
+            sizes, epoch = sizes + len(epoch.before) + len(epoch.touched), epoch.prev
+        return sizes
+
+    def come_and_go(n: int) -> None:
+        other.write(f"/a/{n}/b", "1")
+        other.ask(Op.RM, f"/a/{n}")
+        other.write(f"/a/{n}/c", "1")
+        later = dom0.start()
+        other.ask(Op.RM, f"/a/{n}")  # in another epoch
+        assert dom0.ls("/a", later) == [str(n), "kept"]
+        dom0.end(later)
+        inside = other.start()
+        other.write(f"/b/{n}", "1", inside)
+        other.ask(Op.RM, "/b", tx=inside)
+        other.end(inside)
+
+    come_and_go(0)
+    before = kept()
+    for n in range(1, 20):
+        come_and_go(n)
+    assert kept() == before
+    other.ask(Op.RM, "/a/kept")
+    other.write("/a/kept", "new")
+    assert (dom0.read("/a/kept", first), dom0.ls("/a", first)) == (b"old", ["kept"])
+    dom0.write("/a/mine", "", first)
+    assert dom0.end(first) == "EAGAIN"
+
+
+def test_what_open_transactions_ask_is_memory_of_their_domain(engine: Engine, dom0: Talk) -> None:
+    engine.quotas.set("memory", 10_000)
+    one = guest(engine, dom0, 1)
+    first, second = one.start(), one.start()
+    for tx in (first, second):
+        for _ in range(4):
+            one.write("a", "x" * 1000, tx)
+    one.write("a", "x" * 1000, second)
+    assert one.error(Op.WRITE, "a", "x" * 1000, tx=first) == "EQUOTA"
+    assert one.error(Op.WRITE, "a", "x", tx=0) == ""
+    assert one.end(second, commit=False) == ""
+    one.write("a", "y" * 1000, first)
+    assert one.end(first) == "" and one.conn.domain.memory == 0
+    third = dom0.start()
+    for _ in range(20):
+        dom0.write("/a", "x" * 1000, third)
+    assert dom0.end(third) == "" and engine.domain(0).memory == 0
+
+
 def test_one_that_only_reads_never_fails(dom0: Talk, other: Talk) -> None:
     dom0.write("/a", "1")
     tx = dom0.start()

@@ -38,8 +38,12 @@ def _all_of_it(op: int, payload: bytes) -> bytes:
     return b"oxenstored" if own is not None and payload == own.encode() else payload
 
 
-OXENSTORED = Pair("o", "ours-o", LIMITS, without=frozenset({"fate"}), compared=_all_of_it)
-OXENSTORED_DEATHS = Pair("o", "ours-o", without=frozenset({"counts"}), compared=_all_of_it)
+def _never(request: Request, theirs: object, ours: object) -> bool:
+    return False
+
+
+OXENSTORED = Pair("o", "ours-o", LIMITS, without=frozenset({"fate"}), compared=_all_of_it, doomed=_never)
+OXENSTORED_DEATHS = Pair("o", "ours-o", without=frozenset({"counts"}), compared=_all_of_it, doomed=_never)
 
 
 class OxenScript(Script):

@@ -34,7 +34,7 @@ def test_whatever_is_done_both_say_the_same(machine: type[StoreMachine], derando
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8,
+            max_examples=10,
             stateful_step_count=50,
             deadline=None,
             derandomize=derandomize,
@@ -52,5 +52,5 @@ def test_a_script(pair: Pair, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [OXENSTORED, OXENSTORED_DEATHS], ids=["limits", "deaths"])
 def test_more_scripts(pair: Pair) -> None:
-    for seed in (*range(2, 12), *(random.randrange(1 << 32) for _ in range(4))):
+    for seed in (*range(2, 18), *(random.randrange(1 << 32) for _ in range(6))):
         play(pair, seed, 150)

@@ -174,6 +174,14 @@ def test_the_last_number_of_all_is_nobody(begin: Start) -> None:
     assert probe.ask("A GET_PERMS /c") == "n65534"
 
 
+def test_nobody_has_no_quota(begin: Start) -> None:
+    probe = Probe(begin(quotas={"nodes": 2}))
+    assert probe.ask("A WRITE /open") == "OK"
+    assert probe.ask("A SET_PERMS /open b-1") == "OK"
+    for name in "abcd":
+        assert probe.ask(f"1 WRITE /open/{name} 1") == "OK"
+
+
 def test_the_root_is_nobodys_after_its_owner(begin: Start) -> None:
     """And what is made below it goes with whoever dies next."""
     probe = Probe(begin())

@@ -13,9 +13,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from xenbus.errors import XenbusError
+from xenbus.errors import UsageError, XenbusError
 from xenbus.hypervisor.interface import Hypervisor
 from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.loop import run
@@ -45,9 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say_ready(fd: int | None) -> None:
-    if fd is not None:
+def _say_ready(fd: int) -> None:
+    try:
         os.write(fd, READY)
+    except OSError as exc:
+        raise UsageError(f"cannot say that it is ready: {exc.strerror}") from exc
+    finally:
         os.close(fd)
 
 
@@ -64,12 +68,12 @@ async def serve(
     path: str,
     quotas: Quotas,
     broker_fd: int | None = None,
-    ready_fd: int | None = None,
+    ready: Callable[[], None] | None = None,
     profile: Profile = XENSTORED,
     state: str | None = None,
 ) -> None:
     """Until SIGTERM, SIGINT, or the broker's end. `quotas` that are not the profile's own count more than
-    those in the state file."""
+    those in the state file. `ready` is called once it serves, but not after a live update."""
     if tried(profile):
         return
     _allow_descriptors()
@@ -93,8 +97,8 @@ async def serve(
             daemon.adopt_listener(resumed.listener)
         else:
             await daemon.listen_unix(path)
-        if resumed is None:
-            _say_ready(ready_fd)
+        if resumed is None and ready is not None:
+            ready()
         await stop.wait()
     finally:
         await daemon.close()
@@ -132,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile = profile_of(options.profile)
         quotas = profile.parse_quotas(options.quota)
-        run(serve(options.socket, quotas, options.broker_fd, options.ready_fd, profile, options.state))
+        ready = None if options.ready_fd is None else partial(_say_ready, options.ready_fd)
+        run(serve(options.socket, quotas, options.broker_fd, ready, profile, options.state))
     except XenbusError as exc:
         logging.getLogger("xenbus.xenstored").error("%s", exc)
         return 1

@@ -73,7 +73,7 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 class Tape:
-    """The file. It ends where FILE_LIMIT is reached (`full`); what is recorded goes on."""
+    """The file. It ends at FILE_LIMIT, or where the disk is full (`full`); who is recorded goes on."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -100,12 +100,18 @@ class Tape:
             self.close()
             return
         self.messages += 1
-        self._file.write(line)
+        try:
+            self._file.write(line)
+        except OSError:
+            self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                self.full = True  # what was written last is not in there
 
 
 class Track:

@@ -32,7 +32,8 @@ __all__ = ["HANDLERS", "LIMITS", "NAMES", "UNKNOWN", "WatchTrie", "died", "intro
 LIMITS = {
     "watches": 100,
     "outstanding": 1024,
-    # Not of oxenstored, which keeps 1024 events for a ring and 1024 for each of its watches: what may wait.
+    # Not of oxenstored, which keeps 1024 events for a ring and 1024 for each of its watches: what may wait,
+    # and what is kept of open transactions.
     "memory": 4 * 1024 * 1024,
     "soft-memory": 0,
     "node-permissions": 0,
@@ -67,7 +68,7 @@ def _counted(handler: Handler) -> Handler:
     def counted(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
         if tx is None:
             return handler(engine, conn, message, tx)
-        tx.check_room(conn)
+        tx.check_room(conn, message)
         answer: Answer = OK
         try:
             payload = handler(engine, conn, message, tx)
@@ -76,7 +77,8 @@ def _counted(handler: Handler) -> Handler:
             answer = fail.name
             raise
         finally:
-            tx.operations.append((message.op, message.payload, answer))
+            if tx.tx_id in conn.transactions:
+                tx.keep(message, answer)
         return payload
 
     return counted

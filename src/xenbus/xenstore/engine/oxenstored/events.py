@@ -6,8 +6,8 @@ views and watches; the engine queues what is found here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.oxenstored.views import Change, View
@@ -76,12 +76,12 @@ class WatchTrie(WatchIndex):
         return found
 
 
-def allows(ids: Container[int], perms: Perms, want: int) -> bool:
+def allows(ids: tuple[int, ...], perms: Perms, want: int) -> bool:
     """Whether somebody who is any of `ids` may READ or WRITE; domain 0 may, whatever the entries are."""
     first = perms[0]
     if 0 in ids or first[1] in ids:
         return True
-    return any(_entry(perms, domid) & want for domid in ids)  # type: ignore[attr-defined]
+    return any(_entry(perms, domid) & want for domid in ids)
 
 
 def _entry(perms: Perms, domid: int) -> int:
@@ -123,7 +123,7 @@ def _tell(engine: Engine, watch: Watch, path: bytes) -> None:
 
 def fire(engine: Engine, view: View) -> None:
     """Tell of what was changed in `view`, in that order."""
-    index: WatchTrie = engine.watches  # type: ignore[assignment]
+    index = cast(WatchTrie, engine.watches)
     if not index.by_path:
         return
 

@@ -2,6 +2,8 @@
 
 Knows paths and nodes. An epoch holds the nodes that were replaced while it was the newest one; a view of
 an older epoch looks through the newer ones. Without an open transaction there is none, and nothing is kept.
+Nothing is kept either of what was neither there at the start nor is there now: names that come and go while
+a transaction is open cost nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ class Epoch:
 
 
 class History:
-    """The epochs that somebody looks at; `newest` is None if nobody does."""
+    """The epochs that somebody looks at; `newest` is None if nobody does. nodes: the tree as it is"""
 
-    __slots__ = ("newest",)
+    __slots__ = ("_nodes", "newest")
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: dict[bytes, Node]) -> None:
         self.newest: Epoch | None = None
+        self._nodes = nodes
 
     def begin(self) -> Epoch:
         """A view of the tree as it is now; give it back with `release`."""
@@ -63,7 +66,10 @@ class History:
             # Who looks at the one before sees through to what this one kept.
             kept = before.before
             for path, node in epoch.before.items():
-                kept.setdefault(path, node)
+                if kept.setdefault(path, node) is None and self.node_at(after, path) is None:
+                    del kept[path]
+                    epoch.touched.discard(path)
+                    before.touched.discard(path)
             before.touched |= epoch.touched
             before.everything = before.everything or epoch.everything
             before.next = after
@@ -74,13 +80,13 @@ class History:
 
     # ---- looking ----
 
-    def node_at(self, epoch: Epoch | None, path: bytes, nodes: dict[bytes, Node]) -> Node | None:
-        """The node as it was when `epoch` began."""
+    def node_at(self, epoch: Epoch | None, path: bytes) -> Node | None:
+        """The node as it was when `epoch` began; None for the epoch: as it is."""
         while epoch is not None:
             if path in epoch.before:
                 return epoch.before[path]
             epoch = epoch.next
-        return nodes.get(path)
+        return self._nodes.get(path)
 
     def changed_since(self, epoch: Epoch | None, path: bytes) -> bool:
         """Whether the node, or anything below it, was replaced."""
@@ -107,9 +113,19 @@ class History:
         newest.before[path] = node
         return True
 
+    def gone(self, path: bytes) -> None:
+        """The node was removed, and `keep` was called before."""
+        newest = self.newest
+        if newest is not None and newest.before[path] is None:
+            del newest.before[path]
+            newest.touched.discard(path)
+
     def touch(self, path: bytes) -> None:
-        if self.newest is not None:
-            touch(self.newest.touched, path)
+        newest = self.newest
+        if newest is not None:
+            while path not in self._nodes and path not in newest.before:
+                path = parent_of(path)
+            touch(newest.touched, path)
 
 
 def touch(touched: set[bytes], path: bytes) -> None:

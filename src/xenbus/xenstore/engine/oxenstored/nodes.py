@@ -13,6 +13,7 @@ from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler
 from xenbus.xenstore.engine.oxenstored import events
 from xenbus.xenstore.engine.oxenstored.parsing import (
+    NOBODY,
     canonical,
     domid_of,
     first_digits,
@@ -40,7 +41,7 @@ def _need(conn: Connection, perms: Perms, want: int) -> None:
 def _check_room(view: View, conn: Connection, owner: int) -> None:
     """EQUOTA if `owner` has as many nodes as this client may make for it."""
     limit = conn.domain.quotas.nodes
-    if 0 not in conn.ids and owner > 0 and view.owned(owner) >= limit > 0:
+    if 0 not in conn.ids and 0 < owner < NOBODY and view.owned(owner) >= limit > 0:
         raise Fail("EQUOTA")
 
 

@@ -15,6 +15,7 @@ from xenbus.xenstore.engine.dispatch import Fail
 from xenbus.xenstore.engine.oxenstored.conflicts import Conflicts
 from xenbus.xenstore.engine.oxenstored.history import Epoch, History, touch
 from xenbus.xenstore.engine.tree import Node, Perms, child_path, parent_of
+from xenbus.xenstore.wire import Message, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
@@ -136,7 +137,7 @@ class Store(View):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.history = History()
+        self.history = History(engine.nodes)
         self.conflicts = Conflicts(engine, self.history)
         self.rings: dict[int, int] = {0: 0}
         self._nodes = engine.nodes
@@ -177,6 +178,7 @@ class Store(View):
         self.history.keep(path, before)
         if node is None:
             del self._nodes[path]
+            self.history.gone(path)
             self.engine.noted(path, gone=True)
             return
         self.engine.noted(path, made=before is None)
@@ -259,7 +261,7 @@ class Transaction(View):
 
     def node_before(self, path: bytes) -> Node | None:
         """The node at the start."""
-        return self.store.history.node_at(self.epoch, path, self.engine.nodes)
+        return self.store.history.node_at(self.epoch, path)
 
     def old_perms(self, path: bytes) -> Perms | None:
         node = self.node_before(path)
@@ -277,9 +279,16 @@ class Transaction(View):
         return node
 
     def _put(self, path: bytes, node: Node | None) -> None:
-        self.nodes[path] = node
+        if node is None and self.node_before(path) is None:
+            # It came and went: nothing has changed.
+            del self.nodes[path]
+            self.touched.discard(path)
+        else:
+            self.nodes[path] = node
 
     def _touch(self, path: bytes) -> None:
+        while path not in self.nodes and self.node_before(path) is None:
+            path = parent_of(path)
         touch(self.touched, path)
 
     def saw(self, path: bytes) -> None:
@@ -290,12 +299,25 @@ class Transaction(View):
 
     # ---- its end ----
 
-    def check_room(self, conn: Connection) -> None:
-        """EQUOTA if a guest asks too much in one transaction."""
-        limit = conn.domain.quotas.transaction_nodes
-        if limit and 0 not in conn.ids and (self.over or len(self.operations) >= limit):
+    def check_room(self, conn: Connection, message: Message) -> None:
+        """EQUOTA if a guest asks too much in one transaction, or in all that it has open."""
+        if 0 in conn.ids:
+            return
+        quotas = conn.domain.quotas
+        limit = quotas.transaction_nodes
+        if limit and (self.over or len(self.operations) >= limit):
             self.over = True
             raise Fail("EQUOTA")
+        size = len(message.payload)
+        if message.op != Op.TRANSACTION_END and conn.domain.memory + size > quotas.memory > 0:
+            raise Fail("EQUOTA")
+
+    def keep(self, message: Message, answer: Answer) -> None:
+        """What was asked and answered: memory of its domain, until the end."""
+        self.operations.append((message.op, message.payload, answer))
+        size = len(message.payload) + len(answer)
+        self.memory += size
+        self.domain.memory += size
 
     @property
     def merges(self) -> bool:
