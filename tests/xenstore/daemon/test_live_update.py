@@ -24,6 +24,7 @@ from xenbus.hypervisor import broker
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon.keeper import Keeper
 from xenbus.xenstore.daemon.server import Daemon
+from xenbus.xenstore.daemon.update import WORDS, last_words
 from xenbus.xenstore.state.journal import replay
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.ringpage import RingTransport, Side
@@ -402,6 +403,21 @@ def test_words_in_the_wrong_order(served: tuple[Path, subprocess.Popen[bytes]]) 
         # Who began it is gone.
         assert say(third, "-f", PROGRAM) == "OK"
         assert say(third, "-a") == "OK"
+
+
+def test_a_program_that_does_not_stop_talking_costs_nothing() -> None:
+    async def run() -> bytes:
+        stream = asyncio.StreamReader()
+        reading = asyncio.create_task(last_words(stream))
+        for _ in range(20):
+            stream.feed_data(b"y\n" * (WORDS // 4))
+            await asyncio.sleep(0)
+        stream.feed_data(b"the end\n")
+        stream.feed_eof()
+        return await reading
+
+    said = asyncio.run(run())
+    assert len(said) == WORDS and said.endswith(b"y\nthe end\n")
 
 
 def test_it_can_be_called_off(served: tuple[Path, subprocess.Popen[bytes]], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.engine_talk import Talk
 
 from xenbus.errors import StoreError
-from xenbus.xenstore.engine import Engine
+from xenbus.xenstore.engine import OXENSTORED, XENSTORED, Engine, Profile
 from xenbus.xenstore.state.dump import Held, dump
 from xenbus.xenstore.state.load import load, read
 from xenbus.xenstore.state.records import (
@@ -245,3 +245,27 @@ def test_what_is_not_in_the_stream_is_as_in_a_new_store() -> None:
     assert engine.check() == []
     engine = load(read(encode([GlobalQuotaData({"unheard-of": 3, "nodes": 7})])), Engine).engine
     assert engine.quotas.nodes == 7
+
+
+@pytest.mark.parametrize(("one", "other"), [(XENSTORED, OXENSTORED), (OXENSTORED, XENSTORED)])
+def test_a_store_of_the_other_profile(one: Profile, other: Profile) -> None:
+    engine = Engine(profile=one)
+    before = Talk(engine)
+    before.write("/a/b", "1")
+    before.chmod("/a", "n0 r7")
+    before.chmod("@releaseDomain", "n0 r7")
+    after = Talk(load(read(saved(engine, [])), lambda: Engine(profile=other)).engine)
+    assert after.read("/a/b") == b"1"
+    # Nobody is domain 7: xenstored shows the entry and never uses it, oxenstored has no such entries.
+    entries = "n0" if other is OXENSTORED else "n0 r7"
+    assert after.perms("/a") == after.perms("@releaseDomain") == entries
+    assert after.engine.quotas.as_dict() == engine.quotas.as_dict()
+
+
+def test_a_transaction_cannot_go_on_in_oxenstoreds_way() -> None:
+    engine = Engine()
+    one = Talk(engine)
+    one.write("/a", "1", one.start())
+    stream = saved(engine, [Held(one.conn, Socket(3))])
+    with pytest.raises(StateError, match="transaction 1 is open, which oxenstored cannot go on with"):
+        load(read(stream), lambda: Engine(profile=OXENSTORED))

@@ -1,8 +1,8 @@
 """The event loop of a daemon with a process of its own: readers run where the selector finds them. asyncio.
 
 asyncio makes an event of each readable descriptor, a queued handle of each event, and runs the handles in its
-next step. For a daemon that gets one request a wake-up that is a seventh of all it does; without it, it costs
-as much as in uvloop. Knows selectors and loops, nothing of stores; a `Daemon` runs in any loop.
+next step. For a daemon that gets one request a wake-up that is a tenth of all it does; without it, it costs
+about as much as in uvloop. Knows selectors and loops, nothing of stores; a `Daemon` runs in any loop.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ RESUME = "XENBUS_XENSTORED_RESUME"
 TRIAL = "XENBUS_XENSTORED_TRIAL"
 # How long the new program may take to read the stream.
 TRIAL_SECONDS = 30.0
+# Of what it says so much is kept, bytes.
+WORDS = 1 << 16
 # How long domains may take that are being introduced.
 INTRODUCE_SECONDS = 5.0
 # Between two looks at what has to end first.
@@ -172,6 +174,10 @@ class Updater:
             failed(str(exc))
         except OSError as exc:
             failed(f"{update.file}: {exc.strerror}")
+        except Exception as exc:  # noqa: BLE001
+            # A defect of ours: whoever asked is told, and is not left waiting.
+            _log.exception("live update: %s", update.file)
+            failed(f"{update.file}: {exc!r}")
         finally:
             self._task = None
             if parked:
@@ -230,7 +236,9 @@ class Updater:
             )
             try:
                 async with asyncio.timeout(TRIAL_SECONDS):
-                    output, _ = await process.communicate()
+                    assert process.stdout is not None
+                    output = await last_words(process.stdout)
+                    await process.wait()
             except TimeoutError:
                 raise _Refused(f"{update.file}: did not read the store in {TRIAL_SECONDS:g} s") from None
             finally:
@@ -284,6 +292,14 @@ class Updater:
                 for fd, inheritable in kept.items():
                     os.set_inheritable(fd, inheritable)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def last_words(stream: asyncio.StreamReader) -> bytes:
+    """The end of what comes until end of file, `WORDS` bytes at most: a program may say what it likes."""
+    kept = b""
+    while data := await stream.read(WORDS):
+        kept = (kept + data)[-WORDS:]
+    return kept
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import cast
 from xenbus.errors import UsageError
 from xenbus.xenstore.engine import QUOTAS, Connection, Engine
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, FIRE_SUBTREE, Entry, Transaction
-from xenbus.xenstore.engine.tree import Node, Perms, parent_of
+from xenbus.xenstore.engine.tree import IGNORED, Node, Perms, parent_of
 from xenbus.xenstore.state.dump import removed_with_parent
 from xenbus.xenstore.state.image import Image, messages
 from xenbus.xenstore.state.records import (
@@ -73,6 +73,10 @@ def load(image: Image, make_engine: Callable[[], Engine]) -> Store:
     for placed in sorted((one for held in image.watches.values() for one in held), key=_number):
         _watch(engine, connections[cast(WatchData, placed.record).conn_id].conn, placed)
     for (number, tx_id), view in image.views.items():
+        if not engine.profile.portable:
+            raise image.connections[number].error(
+                f"transaction {tx_id} is open, which {engine.profile.name} cannot go on with"
+            )
         _transaction(engine, connections[number].conn, tx_id, view)
     for restored in connections.values():
         queue(restored.conn, restored.data.outbound, restored.data.partial)
@@ -147,7 +151,11 @@ def _node(engine: Engine, record: NodeData, special: dict[bytes, Node]) -> None:
         if other in special:
             path = other
     special.pop(path, None)
-    _put(engine, path, Node(record.value, record.perms, 0))
+    perms = record.perms
+    if not engine.profile.accounting:
+        # It has no such entries, and would use them.
+        perms = (perms[0], *(entry for entry in perms[1:] if not entry[0] & IGNORED))
+    _put(engine, path, Node(record.value, perms, 0))
 
 
 def _connection(engine: Engine, placed: Placed) -> Restored:
