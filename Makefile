@@ -52,8 +52,8 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	touch $@
 
-oracle: $(STAMP) ## random actions on ours and on Debian's xenstored, compared (MINUTES=60)
-	$(BIN)/python -m tests.xenstore.oracle.play --minutes $(or $(MINUTES),60) $(ORACLE)
+oracle: $(STAMP) ## random actions on ours and on Debian's daemons, compared (MINUTES=60 ORACLE="--pair o")
+	$(BIN)/python -m tests.xenstore.oracle.play --minutes $(MINUTES) $(ORACLE)
 
 pyz: xenbus.pyz ## the command in one file, which python3 runs with nothing installed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from xenbus.xenstore.image import Change
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.memory import memory_pair
+from xenbus.xenstore.transport.unix import UnixPipe
+from xenbus.xenstore.wire import Op, Parser, encode
 
 SOON = Reconnect(base=0.01, cap=0.05, deadline=20)
 KINDS = ["ours", pytest.param("c", marks=xenstored.needs("c")), pytest.param("o", marks=xenstored.needs("o"))]
@@ -240,6 +243,35 @@ def test_whatever_the_first_call_is_it_connects_again(mortal: Mortal) -> None:
         assert mirror.synced() == []
         watch.close()
     assert client.closed and set(client.counts().values()) == {0}
+
+
+def test_a_store_that_is_lost_while_a_blocking_wait_looks_and_stays_away() -> None:
+    """The wait ends when its own time does, not when the store is given up."""
+    near, far = socket.socketpair()
+    pipes = [UnixPipe(near, "a store")]
+
+    def dial() -> UnixPipe:
+        if not pipes:
+            raise LinkDown("nobody there")
+        return pipes.pop()
+
+    def serve() -> None:
+        parser = Parser()
+        with far:
+            while data := far.recv(4096):
+                for message in parser.feed(data):
+                    if message.op != Op.WATCH:
+                        return
+                    event = encode(Op.WATCH_EVENT, 0, 0, message.payload)
+                    far.sendall(encode(Op.WATCH, message.req_id, 0, b"OK\0") + event)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with SyncClient.connect(dial, timeout=10, reconnect=Reconnect(base=0.2, cap=0.2, deadline=20)) as client:
+        with pytest.raises(LinkDown, match="not there again yet"):
+            client.wait_for("/a", lambda value: False, 0.5)
+        assert not client.closed
+    thread.join(5)
 
 
 def test_a_store_that_stays_away_is_given_up() -> None:

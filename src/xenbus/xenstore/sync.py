@@ -261,6 +261,7 @@ class SyncClient(PipeLink, Nodes):
             while True:
                 fired.clear()
                 self.timeout = max(0.001, min(usual, until - time.monotonic()))
+                self._ready()  # LinkDown if it stays away, and not asked for ever
                 try:
                     value = self.get(path)
                 except LinkDown:

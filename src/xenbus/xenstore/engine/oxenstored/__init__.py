@@ -33,7 +33,7 @@ LIMITS = {
     "watches": 100,
     "outstanding": 1024,
     # Not of oxenstored, which keeps 1024 events for a ring and 1024 for each of its watches: what may wait,
-    # and what is kept of open transactions.
+    # and as much again of what is kept of open transactions.
     "memory": 4 * 1024 * 1024,
     "soft-memory": 0,
     "node-permissions": 0,

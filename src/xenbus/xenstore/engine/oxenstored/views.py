@@ -213,6 +213,7 @@ class Transaction(View):
     counts:     by how much each domain's count of nodes changes
     operations: all that was asked in it, with the answers, to be done again
     read_at, write_at: the lowest node above all that was read, and written
+    kept:       bytes of these
     over:       too many requests: it can neither go on nor end
     """
 
@@ -221,6 +222,7 @@ class Transaction(View):
         "counts",
         "domain",
         "epoch",
+        "kept",
         "memory",
         "nodes",
         "operations",
@@ -246,6 +248,7 @@ class Transaction(View):
         self.read_at: bytes | None = None
         self.write_at: bytes | None = None
         self.over = False
+        self.kept = 0
         self.memory = 0
         self._owned = {domid: domain.nodes for domid, domain in store.engine.domains.items()}
 
@@ -308,16 +311,15 @@ class Transaction(View):
         if limit and (self.over or len(self.operations) >= limit):
             self.over = True
             raise Fail("EQUOTA")
-        size = len(message.payload)
-        if message.op != Op.TRANSACTION_END and conn.domain.memory + size > quotas.memory > 0:
+        # Not of `Domain.memory`: who has none left is not read from any more, and could not even end them.
+        size = len(message.payload) + sum(tx.kept for tx in conn.transactions.values())
+        if message.op != Op.TRANSACTION_END and size > quotas.memory > 0:
             raise Fail("EQUOTA")
 
     def keep(self, message: Message, answer: Answer) -> None:
-        """What was asked and answered: memory of its domain, until the end."""
+        """What was asked and answered, until the end."""
         self.operations.append((message.op, message.payload, answer))
-        size = len(message.payload) + len(answer)
-        self.memory += size
-        self.domain.memory += size
+        self.kept += len(message.payload) + len(answer)
 
     @property
     def merges(self) -> bool:
