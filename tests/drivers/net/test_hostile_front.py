@@ -12,7 +12,7 @@ from tests.support.until import until
 from tests.support.vif import frame, rig
 
 from xenbus.bus import XenbusState
-from xenbus.drivers.net import Gso, Packet, Xn, Xnb, netif
+from xenbus.drivers.net import Gso, Packet, Xn, Xnb, netif, xnb_pages
 from xenbus.drivers.net.netif import (
     NETIF_RSP_ERROR,
     NETIF_RSP_NULL,
@@ -292,6 +292,49 @@ def test_what_comes_while_pages_are_brought_does_not_overtake():
             front.push()
             tx.kick()
         assert [len((await r.far.get(5)).data) for _ in range(2)] == [61, 60]
+
+    with_raw_front(check)
+
+
+def test_pages_that_are_known_do_not_wait_for_new_ones_behind_them(either_way):
+    async def check(r, front):
+        rx = r.back._links[0].rx
+        for page in (0, 1):
+            front.post(page)
+        front.push()
+        await until(lambda: len(rx._posted) == 2)
+        sent = [Packet(frame(60 + n)) for n in range(6)]
+        assert r.far.put_many(sent[:2]) == 2
+        for page in (0, 1, 2, 0):
+            front.post(page)
+        front.push()
+        # Nothing is mapped in here: the loop has no turn.
+        taken = r.far.put_many(sent[2:])
+        assert taken == (2 if either_way == "mapped" else 4)
+        for packet in sent[2 + taken :]:
+            await r.far.put(packet, 5)
+        await until(lambda: len(front.received) == 6)
+        assert [size for *_, size in front.received] == [60 + n for n in range(6)]
+
+    with_raw_front(check)
+
+
+def test_pages_that_are_let_go_of_for_new_ones_are_not_used_meanwhile(monkeypatch):
+    monkeypatch.setattr(xnb_pages, "KEPT", 6)
+
+    async def check(r, front):
+        for page in range(6):
+            front.post(page)
+        front.push()
+        await until(lambda: len(r.back._links[0].rx._posted) == 6)
+        for n in range(100):
+            front.post((n + 6) % DATA_PAGES)
+            front.push()
+            await r.far.put(frame(60 + n), 5)
+            await asyncio.sleep(0)  # mappings come and go in between
+        await until(lambda: len(front.received) == 100)
+        assert [size for *_, size in front.received] == [60 + n for n in range(100)]
+        assert not r.back.counters.tx_errors
 
     with_raw_front(check)
 

@@ -32,7 +32,11 @@ class Pages(Protocol):
     """Of one direction of one queue."""
 
     def missing(self, refs: Iterable[int]) -> list[int]:
-        """Those that `bring` has to see first."""
+        """Those that `bring` has to see first, in this order."""
+        ...
+
+    def room_for(self, count: int) -> bool:
+        """Whether `bring` can see so many more and let go of no others meanwhile."""
         ...
 
     async def bring(self, refs: Sequence[int], others: Sequence[int] = ()) -> None:
@@ -71,6 +75,9 @@ class CopiedPages:
 
     def missing(self, refs: Iterable[int]) -> list[int]:
         return []
+
+    def room_for(self, count: int) -> bool:
+        return True
 
     async def bring(self, refs: Sequence[int], others: Sequence[int] = ()) -> None:
         pass
@@ -156,8 +163,11 @@ class MappedPages:
         where = self._where
         return [ref for ref in dict.fromkeys(refs) if ref not in where]
 
+    def room_for(self, count: int) -> bool:
+        return len(self._where) + count <= KEPT
+
     async def bring(self, refs: Sequence[int], others: Sequence[int] = ()) -> None:
-        if len(self._where) + len(refs) > KEPT:
+        if not self.room_for(len(refs)):
             # A front that names ever new pages gets no more of us than this.
             await self._drop()
             refs = [*dict.fromkeys((*refs, *others))]

@@ -144,11 +144,23 @@ class RxQueue:
             requests = list(RX_REQUEST.iter_unpack(slots))
             missing = self._pages.missing([ref for _, ref in requests])
             if missing:
-                self._coming = requests
-                self._spawn(self._bring(missing))
+                self._await(requests, missing)
             else:
                 self._posted.extend(requests)
         return True
+
+    def _await(self, requests: Sequence[tuple[int, int]], missing: Sequence[int]) -> None:
+        """Those before the first page that is missing may be used meanwhile: a guest that posts more pages
+        than before is not to be held up by them. What comes behind waits: the order is the ring's."""
+        posted = self._posted
+        if self._pages.room_for(len(missing)):
+            first = [ref for _, ref in requests].index(missing[0])
+            posted.extend(requests[:first])
+            self._coming = requests[first:]
+        else:  # the known ones are let go of and mapped again, too
+            self._coming = [*posted, *requests]
+            posted.clear()
+        self._spawn(self._bring(missing))
 
     async def _bring(self, refs: Sequence[int]) -> None:
         others = [ref for _, ref in (*self._posted, *self._coming)]
