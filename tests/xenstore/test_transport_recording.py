@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
 from typing import Any
 
@@ -65,6 +66,21 @@ def test_a_recording_is_replayed_with_the_same_outcome(tmp_path) -> None:
         await client.close()
 
     asyncio.run(main())
+
+
+def test_a_file_is_ours_alone_and_a_device_stays_everybodys(tmp_path) -> None:
+    path = tmp_path / "tape"
+    path.touch(0o644)
+    Tape(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    master, slave = os.openpty()
+    try:
+        os.fchmod(slave, 0o620)
+        Tape(os.ttyname(slave)).close()
+        assert stat.S_IMODE(os.fstat(slave).st_mode) == 0o620
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 def test_a_client_that_connects_again_goes_on_with_its_recording(tmp_path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ class Tape:
 
     def _open(self, how: int) -> TextIO:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
-        os.fchmod(fd, 0o600)  # a file that was there may have been anybody's to read
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # and not /dev/null
+            os.fchmod(fd, 0o600)  # a file that was there may have been anybody's to read
         return os.fdopen(fd, "w", encoding="ascii")
 
     def track(self) -> Track:
