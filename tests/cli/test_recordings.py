@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import signal
@@ -24,6 +25,7 @@ from xenbus.cli import recordings
 from xenbus.cli.main import run
 from xenbus.errors import LinkDown, UsageError
 from xenbus.xenstore import calls, relay, rerun
+from xenbus.xenstore.daemon import Daemon
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transcript import explain
 from xenbus.xenstore.transport import recording
@@ -405,3 +407,49 @@ def test_whatever_was_recorded_is_told(records: list[Record]) -> None:
     for line in lines:
         assert recordings._sentence(line).isprintable()
         json.dumps(recordings._data(line))
+
+
+def test_without_descriptors_nobody_is_taken_and_nothing_spins(tmp_path, monkeypatch) -> None:
+    async def main() -> None:
+        near = socket.socket(socket.AF_UNIX)
+        tape = Tape(tmp_path / "tape")
+        daemon = Daemon()
+        passing = relay.Relay(tape, daemon.connect_local)
+        passing.listen(tmp_path / "s")
+        looked = 0
+
+        class Exhausted:
+            """The listener of a process that has no descriptor left, twice."""
+
+            def __init__(self, real: socket.socket) -> None:
+                self.real = real
+
+            def fileno(self) -> int:
+                return self.real.fileno()
+
+            def close(self) -> None:
+                self.real.close()
+
+            def accept(self) -> Any:
+                nonlocal looked
+                looked += 1
+                if looked <= 2:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return self.real.accept()
+
+        monkeypatch.setattr(relay, "ACCEPT_PAUSE", 0.01)
+        assert passing._listener is not None
+        passing._listener = Exhausted(passing._listener)  # type: ignore[assignment]
+
+        def work() -> None:
+            near.connect(str(tmp_path / "s"))
+            with SyncClient(UnixPipe(near), 10) as client:
+                client.write("/a", "1")
+
+        await asyncio.to_thread(work)
+        assert looked == 3
+        await passing.close()
+        await daemon.close()
+        tape.close()
+
+    asyncio.run(main())

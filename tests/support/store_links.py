@@ -17,7 +17,7 @@ from xenbus.xenstore.daemon.server import Daemon
 from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport.memory import memory_pair
-from xenbus.xenstore.transport.recording import RecordingTransport
+from xenbus.xenstore.transport.recording import RecordingTransport, Tape
 from xenbus.xenstore.transport.ringpage import Feature, RingPipe, RingTransport, Side
 from xenbus.xenstore.transport.unix import UnixPipe, UnixTransport
 
@@ -62,7 +62,7 @@ class Store:
             return UnixTransport(a), self.serve(UnixTransport(b), domid)
         if kind == "recorded":
             near, session = self.transport("memory", domid)
-            return RecordingTransport(near, os.devnull), session
+            return RecordingTransport(near, Tape(os.devnull)), session
         near, far = memory_pair() if kind == "memory" else ring_pair()
         return near, self.serve(far, domid)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.store_links import Store
+from tests.support.until import until
 
 from xenbus.errors import (
     Conflict,
@@ -152,7 +153,7 @@ async def test_closing_here_is_no_loss(client: Client, served: Session, store: S
     lost: list[Exception] = []
     client.on_lost(lost.append)
     waiting = asyncio.create_task(client.wait_for("/a", lambda value: False, 30))
-    await asyncio.sleep(0.01)
+    await until(lambda: served.conn.watches)
     await client.close()
     await client.close()
     with pytest.raises(LinkDown, match="closed here"):
@@ -418,11 +419,11 @@ async def test_waiting_reads_once_for_a_burst_of_events(
 ) -> None:
     other, _ = await store.link("memory")
     waiting = asyncio.create_task(client.wait_for("/s", lambda value: value == b"end", 10))
-    await asyncio.sleep(0.01)
+    await until(lambda: served.conn.watches and not client.counts()["unanswered"])
     sends = sent_by(client)
     await asyncio.gather(*(other.write(f"/s/{n}", "") for n in range(100)))
     await other.write("/s", "mid")
-    await asyncio.sleep(0.02)
+    await until(lambda: not client.counts()["unanswered"])
     await other.write("/s", "end")
     assert await waiting == b"end"
     assert len(sends) <= 8
@@ -533,7 +534,7 @@ async def test_transactions_take_turns(client: Client, served: Session, store: S
     narrow, _ = await store.link("memory", max_transactions=1)
     hold = asyncio.Event()
     held = asyncio.create_task(narrow.transaction(lambda tx: hold.wait()))
-    await asyncio.sleep(0.01)
+    await until(lambda: narrow.counts()["transactions"])
     narrow.timeout = 0.02
     with pytest.raises(DeadlineError, match="a free transaction"):
         await narrow.transaction(work)

@@ -58,6 +58,8 @@ async def test_paths_and_values_are_text_or_bytes(client: Any, other: Client, st
         await client.read(b"/\xff")
     with pytest.raises(TypeError):
         await client.write("/b/n", 5)
+    with pytest.raises(TypeError, match="READ: a path is str or bytes, not 5"):
+        await client.read(5)
     assert not await other.exists("/b/n")
 
 

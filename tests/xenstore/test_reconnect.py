@@ -316,7 +316,7 @@ def test_events_and_waits_end_when_it_is_given_up() -> None:
         async with client.events("/e") as events:
             await anext(events)
             waiting = asyncio.create_task(client.wait_for("/w", lambda value: False, 20))
-            await asyncio.sleep(0.01)
+            await until(lambda: len(served.conn.watches) == 2)
             served.transport.close()
             async with asyncio.timeout(5):
                 with pytest.raises(LinkDown, match="was not there again"):

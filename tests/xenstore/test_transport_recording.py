@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.support.store_links import Store
 
 from xenbus.errors import LinkDown, NoEntry, PeerError, UsageError
 from xenbus.xenstore.client import Client
+from xenbus.xenstore.daemon import Daemon
+from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport import recording
-from xenbus.xenstore.transport.recording import Record, RecordingTransport, read_recording
+from xenbus.xenstore.transport.recording import Record, RecordingTransport, Tape, read_recording
 from xenbus.xenstore.wire.message import Message, Op
 
 
@@ -42,7 +45,7 @@ async def session(client: Any) -> list[Any]:
 async def record(path: Any) -> list[Any]:
     store = Store()
     near, _ = store.transport("unix")
-    client = await Client.connect(RecordingTransport(near, path))
+    client = await Client.connect(RecordingTransport(near, Tape(path)))
     result = await session(client)
     await client.close()
     await store.close()
@@ -61,6 +64,48 @@ def test_a_recording_is_replayed_with_the_same_outcome(tmp_path) -> None:
         with pytest.raises(LinkDown, match="ends before READ"):
             await client.read("/more")
         await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_file_is_ours_alone_and_a_device_stays_everybodys(tmp_path) -> None:
+    path = tmp_path / "tape"
+    path.touch(0o644)
+    Tape(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    master, slave = os.openpty()
+    try:
+        os.fchmod(slave, 0o620)
+        Tape(os.ttyname(slave)).close()
+        assert stat.S_IMODE(os.fstat(slave).st_mode) == 0o620
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_a_client_that_connects_again_goes_on_with_its_recording(tmp_path) -> None:
+    async def main() -> None:
+        path, socket = tmp_path / "tape", tmp_path / "socket"
+        daemon = Daemon()
+        await daemon.listen_unix(socket)
+        client = await Client.connect(
+            f"recording:{path},{socket}", reconnect=Reconnect(base=0.01, cap=0.05, deadline=20)
+        )
+        await client.write("/a", "1")
+        lost, back = asyncio.Event(), asyncio.Event()
+        client.on_lost(lambda why: lost.set())
+        client.on_reconnected(back.set)
+        await daemon.close()
+        await asyncio.wait_for(lost.wait(), 10)
+        daemon = Daemon()
+        await daemon.listen_unix(socket)
+        await asyncio.wait_for(back.wait(), 20)
+        await client.write("/b", "2")
+        await client.close()
+        await daemon.close()
+        asked = [(r.connection, r.message.payload) for r in read_recording(path) if r.outgoing]
+        assert asked[0] == (1, b"/a\x001")
+        assert asked[-1][0] > 1 and asked[-1][1] == b"/b\x002"
 
     asyncio.run(main())
 

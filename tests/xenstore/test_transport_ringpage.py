@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.store_links import Store, blocking_ring, ring_pair
+from tests.support.until import until
 
 from xenbus.errors import DeadlineError, LinkDown, PeerError
 from xenbus.ring.bytering import XENSTORE_REQ, XENSTORE_RSP
@@ -284,7 +285,7 @@ def test_the_error_word_ends_the_connection_if_it_was_offered(offered: bool) -> 
         guest = RingTransport(view, lambda: None, Side.GUEST, "xenstored")
         client = await Client.connect(guest, timeout=0.05)
         reading = asyncio.create_task(client.read("/a"))
-        await asyncio.sleep(0.01)
+        await until(lambda: client.counts()["unanswered"])
         put(view, ERROR, 3)
         guest.on_event()
         with pytest.raises(LinkDown if offered else DeadlineError, match=r"PROTO|READ"):
@@ -333,7 +334,7 @@ def test_a_reconnecting_guest_starts_with_empty_rings() -> None:
         await first.watch("/w", lambda path: None)
         hold = asyncio.Event()
         running = asyncio.create_task(first.transaction(lambda tx: hold.wait()))
-        await asyncio.sleep(0.01)
+        await until(lambda: served.conn.transactions)
         assert served.conn.watches
         assert served.conn.transactions
         await first.close()

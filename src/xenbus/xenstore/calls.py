@@ -59,7 +59,10 @@ Program: TypeAlias = Generator[Sequence[Call[Any]], list[Any], T]
 
 
 def checked(op: int, path: Path) -> str:
-    """`path` as text, or StoreError EINVAL as the store would say, without asking it."""
+    """`path` as text, or StoreError EINVAL as the store would say, without asking it. TypeError for what is
+    neither str nor bytes."""
+    if not isinstance(path, (str, bytes)):
+        raise TypeError(f"{op_name(op)}: a path is str or bytes, not {path!r}")
     try:
         return check_path(path if isinstance(path, str) else text(path))
     except UsageError as exc:

@@ -22,6 +22,8 @@ MAX_CONNECTIONS = 200
 # Bytes, or messages, that one end has not taken yet; the other is not read meanwhile.
 BACKLOG = 1 << 18
 QUEUED = 64
+# After running out of descriptors, seconds until another client is taken.
+ACCEPT_PAUSE = 0.5
 
 
 class _End:
@@ -101,6 +103,7 @@ class Relay:
         self._wires: set[_Wire] = set()
         self._listener: socket.socket | None = None
         self._path: Path | None = None
+        self._pause: asyncio.TimerHandle | None = None
         self.refused: Exception | None = None
 
     def listen(self, path: str | os.PathLike[str]) -> None:
@@ -122,7 +125,13 @@ class Relay:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as exc:  # no descriptor is left, most likely: the listener stays readable
+            self.refused = exc
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            self._pause = loop.call_later(ACCEPT_PAUSE, self._accept_again)
             return
         if len(self._wires) >= MAX_CONNECTIONS:
             sock.close()
@@ -137,8 +146,16 @@ class Relay:
         self._wires.add(wire)
         wire.start()
 
+    def _accept_again(self) -> None:
+        self._pause = None
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
     async def close(self) -> None:
         """What is under way ends. The tape is not closed."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         if self._listener is not None and self._path is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,23 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 class Tape:
-    """The file. It ends at FILE_LIMIT, or where the disk is full (`full`); who is recorded goes on."""
+    """The file. It ends at FILE_LIMIT, or where the disk is full (`full`); who is recorded goes on. What
+    comes after `close` is appended."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        os.fchmod(fd, 0o600)  # a file that was there may have been anybody's to read
-        self._file: TextIO | None = os.fdopen(fd, "w", encoding="ascii")
+        self._path = path
+        self._file: TextIO | None = self._open(os.O_TRUNC)
         self._began = monotonic()
         self._left = FILE_LIMIT
         self.full = False
         self.connections = 0
         self.messages = 0
+
+    def _open(self, how: int) -> TextIO:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # and not /dev/null
+            os.fchmod(fd, 0o600)  # a file that was there may have been anybody's to read
+        return os.fdopen(fd, "w", encoding="ascii")
 
     def track(self) -> Track:
         """For one more connection."""
@@ -91,7 +98,7 @@ class Tape:
         return Track(self, self.connections)
 
     def write(self, outgoing: bool, message: Message, connection: int) -> None:
-        if self._file is None:
+        if self.full:
             return
         line = Record(monotonic() - self._began, outgoing, message, connection).encode() + "\n"
         self._left -= len(line)
@@ -101,8 +108,11 @@ class Tape:
             return
         self.messages += 1
         try:
+            if self._file is None:
+                self._file = self._open(os.O_APPEND)
             self._file.write(line)
         except OSError:
+            self.full = True
             self.close()
 
     def close(self) -> None:
@@ -136,9 +146,9 @@ class Track:
 class RecordingTransport:
     """A transport around another; the file is complete once the connection is closed or lost."""
 
-    def __init__(self, inner: Transport, path: str | os.PathLike[str]) -> None:
+    def __init__(self, inner: Transport, tape: Tape) -> None:
         self._inner = inner
-        self._track = Tape(path).track()
+        self._track = tape.track()
         self._receiver: Receiver | None = None
 
     @property
@@ -189,9 +199,9 @@ class RecordingTransport:
 class RecordingPipe:
     """The same around a pipe of a caller that blocks."""
 
-    def __init__(self, inner: Pipe, path: str | os.PathLike[str]) -> None:
+    def __init__(self, inner: Pipe, tape: Tape) -> None:
         self._inner = inner
-        self._track = Tape(path).track()
+        self._track = tape.track()
 
     @property
     def peer(self) -> str:
@@ -219,8 +229,8 @@ class RecordingPipe:
 class RecordingPollable(RecordingPipe):
     """And around one that can be used without waiting."""
 
-    def __init__(self, inner: Pollable, path: str | os.PathLike[str]) -> None:
-        super().__init__(inner, path)
+    def __init__(self, inner: Pollable, tape: Tape) -> None:
+        super().__init__(inner, tape)
         self._pollable = inner
 
     def fileno(self) -> int:
@@ -239,6 +249,17 @@ class RecordingPollable(RecordingPipe):
         return rest
 
 
+# By absolute path. A client that connects again goes on with the file of its first connection.
+_tapes: dict[str, Tape] = {}
+
+
+def _tape(path: str) -> Tape:
+    key = str(Path(path).absolute())
+    if key not in _tapes:
+        _tapes[key] = Tape(path)
+    return _tapes[key]
+
+
 def _split(rest: str) -> tuple[str, Scheme, str]:
     path, comma, address = rest.partition(",")
     if not (path and comma and address):
@@ -248,7 +269,7 @@ def _split(rest: str) -> tuple[str, Scheme, str]:
 
 def _connect(rest: str) -> RecordingTransport:
     path, scheme, inner = _split(rest)
-    return RecordingTransport(scheme.connect(inner), path)
+    return RecordingTransport(scheme.connect(inner), _tape(path))
 
 
 def _blocking(rest: str) -> RecordingPipe:
@@ -256,7 +277,8 @@ def _blocking(rest: str) -> RecordingPipe:
     if scheme.blocking is None:
         raise UsageError(f"{scheme.name}: needs an event loop")
     pipe = scheme.blocking(inner)
-    return RecordingPollable(pipe, path) if isinstance(pipe, Pollable) else RecordingPipe(pipe, path)
+    tape = _tape(path)
+    return RecordingPollable(pipe, tape) if isinstance(pipe, Pollable) else RecordingPipe(pipe, tape)
 
 
 register("recording", _connect, _blocking)
