@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-all check lint bench pyz xen-test xen-test-all xen-bench xen-shell clean
+.PHONY: help oracle demo test test-all check lint fuzz bench pyz xen-test xen-test-all xen-bench xen-shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -39,8 +39,21 @@ lint: $(STAMP) ## ruff, mypy, the import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## benchmarks (BENCH="--quick block")
+MINUTES ?= 5
+fuzz: $(STAMP) ## the store under atheris, guided by coverage (MINUTES=60 FUZZ="wire ring")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3'
+	$(BIN)/python -m tests.xenstore.fuzz --minutes $(MINUTES) $(FUZZ)
+
+bench: $(VENV)/.bench ## benchmarks (BENCH="--quick block")
 	$(BIN)/python -m bench $(BENCH)
+
+# With the peers that PyPI has; Debian's are named in docs/bench.md.
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	touch $@
+
+oracle: $(STAMP) ## random actions on ours and on Debian's xenstored, compared (MINUTES=60)
+	$(BIN)/python -m tests.xenstore.oracle.play --minutes $(or $(MINUTES),60) $(ORACLE)
 
 pyz: xenbus.pyz ## the command in one file, which python3 runs with nothing installed
 
@@ -61,4 +74,4 @@ xen-shell: ## a prompt in that dom0
 	$(PYTHON) tools/xen/lab.py shell
 
 clean: ## removes what the others made
-	rm -rf xenbus.pyz xen-results* $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf xenbus.pyz xen-results* $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz

@@ -14,6 +14,7 @@ BENCHES = {
     "devices": "bench.devices",
     "net": "bench.net",
     "startup": "bench.startup",
+    "store": "bench.store",
 }
 
 

@@ -19,6 +19,7 @@ class Row:
 
     ratio:  ours to the floor's, so that smaller or larger is better as `target` says
     target: in words, "<= 2.2" or ">= 0.5"
+    skipped: why there is no figure
     """
 
     name: str
@@ -28,6 +29,11 @@ class Row:
     floor_name: str = ""
     target: str = ""
     note: str = ""
+    skipped: str = ""
+
+    @classmethod
+    def skip(cls, name: str, reason: str) -> Row:
+        return cls(name, 0.0, None, "", skipped=reason)
 
     @property
     def ratio(self) -> float | None:
@@ -80,6 +86,8 @@ def show(rows: Sequence[Row], *, as_json: bool) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
+    if row.skipped:
+        return (row.name, "-", "-", "-", "", f"skipped: {row.skipped}")
     floor = f"{row.floor:.4g} {row.unit} ({row.floor_name})" if row.floor is not None else "-"
     ratio = f"{row.ratio:.2f}" if row.ratio is not None else "-"
     met = {True: "met", False: "missed", None: ""}[row.met]

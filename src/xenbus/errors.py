@@ -77,7 +77,15 @@ class NoEntry(StoreError):
 
 
 class Conflict(StoreError):
-    """EAGAIN: a transaction met a change from outside and must be run again."""
+    """EAGAIN: a transaction met a change from outside and must be run again.
+
+    The store does not say which node it was. One of these, of the last run: `read` (also listed, or missed)
+    and `wrote`. `attempts`: how often it ran.
+    """
+
+    attempts = 1
+    read: tuple[str, ...] = ()
+    wrote: tuple[str, ...] = ()
 
 
 class Denied(StoreError):

@@ -140,6 +140,57 @@ def test_watch_prints_events_and_meets_its_deadline(store, served):
     assert "2 events below /t8 (1 came)" in store("watch", "-n", "2", "--timeout", "0.05", "/t8", code=5)
 
 
+def test_what_read_prints_can_be_written_again(store):
+    value = "tab\t, newline\n, back\\slash and \x01\x7f"
+    store("write", "/t10/a", value)
+    shown = store("read", "/t10/a")[:-1]
+    assert shown == r"tab\t, newline\n, back\\slash and \001\x7f"
+    store("write", "-e", "/t10/b", shown, "/t10/c", r"\xff\0\377")
+    assert store("read", "--raw", "/t10/b") == value
+    assert store("read", "-p", "/t10/c", "/t10/b") == f"/t10/c: \\xff\\000\\xff\n/t10/b: {shown}\n"
+    assert "backslash" in store("write", "-e", "/t10/b", r"\q", code=2)
+    assert "backslash" in store("write", "-e", "/t10/b", "\\777", code=2)
+    assert store("read", "--raw", "/t10/b") == value
+
+
+def test_exists_is_quiet(store):
+    store("write", "/t11/a", "1")
+    assert store("exists", "/t11/a", "/t11") == ""
+    assert store("exists", "/t11/a", "/t11/none", code=3) == ""
+    assert "EINVAL" in store("exists", "/t11//a", code=2)
+
+
+def test_list_prints_names(store):
+    store("write", "/t12/a/b", "1", "/t12/c", "2")
+    assert store("list", "/t12") == "a\nc\n"
+    assert store("list", "-p", "/t12", "/t12/a") == "/t12/a\n/t12/c\n/t12/a/b\n"
+    assert json.loads(store("list", "--json", "/t12/a", "/t12/c")) == {"/t12/a": ["b"], "/t12/c": []}
+    assert store("list", "/t12/c") == ""
+
+
+def test_rm_tidies_up_and_removes_all_or_nothing(store):
+    store("write", "/t13/keep", "1", "/t13/a/b/c/d", "2", "/t13/v/w", "3", "/t13/v", "value")
+    store("rm", "/t13/a/b/c", "/t13/none", code=3)
+    assert store("exists", "/t13/a/b/c/d") == ""
+    store("rm", "-t", "/t13/a/b/c/d", "/t13/v/w")
+    assert store("list", "/t13") == "keep\nv\n"
+    store("rm", "-t", "/t13/v", "/t13/keep")
+    store("exists", "/t13", code=3)
+
+
+def test_perms_of_all_below(store):
+    store("write", "/t14/a/b", "1", "/t14/c", "2")
+    store("perms", "-r", "/t14/a", "n0", "r3")
+    lines = store("ls", "-f", "-p", "/t14").splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == ["(n0,r3)", "(n0,r3)", "(n0)"]
+
+
+def test_control_asks_the_daemon(store):
+    assert store("control", "check") == "OK\n"
+    assert store("control", "quota").startswith("Quota settings:\n")
+    assert "EINVAL" in store("control", "none", code=2)
+
+
 def test_nobody_there_is_six(capsys, tmp_path):
     for words in (["--dir", str(tmp_path)], ["--socket", str(tmp_path / "s")]):
         assert run(["store", "ls", *words]) == 6

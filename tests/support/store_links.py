@@ -9,6 +9,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from xenbus.hypervisor.embedded import Machine
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon.server import Daemon
@@ -148,6 +150,9 @@ class Threaded:
     def counts(self) -> dict[str, int]:
         return self.sync.counts()
 
+    def batch(self) -> Any:
+        return _ThreadedBatch(self.sync.batch())
+
     async def transaction(self, function: Callable[[Any], Awaitable[Any]], **options: Any) -> Any:
         def run(tx: Any) -> Any:
             coroutine = function(_Direct(tx))
@@ -158,6 +163,22 @@ class Threaded:
             raise AssertionError("a blocking transaction suspended")
 
         return await asyncio.to_thread(self.sync.transaction, run, **options)
+
+
+class _ThreadedBatch:
+    """A blocking batch with the async one's shape."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    async def send(self) -> list[Any]:
+        return await asyncio.to_thread(self._batch.send)
+
+    async def commit(self, **options: Any) -> list[Any]:
+        return await asyncio.to_thread(self._batch.commit, **options)
 
 
 class Listener:
@@ -190,3 +211,42 @@ class Listener:
             await self.watch.close()
         else:
             await asyncio.to_thread(self.watch.close)
+
+
+LINKS = ["unix", "memory", "ring", "recorded", "unix blocking", "ring blocking"]
+
+
+def on_every_link(suite: Callable[[Any, Client, Store], Awaitable[None]]) -> Callable[[str], None]:
+    """`suite(client, other, store)`: the client under test, and domain 0 from elsewhere."""
+
+    @pytest.mark.parametrize("link", LINKS)
+    def test(link: str) -> None:
+        async def main() -> None:
+            store = Store()
+            kind, _, blocking = link.partition(" ")
+            other, _ = await store.link("memory")
+            client: Any
+            if blocking:
+                sync, served = store.blocking(kind, timeout=10)
+                client = Threaded(sync)
+            else:
+                client, served = await store.link(kind, timeout=10)
+            try:
+                async with asyncio.timeout(20):
+                    await suite(client, other, store)
+                    await client.read("/")  # what was posted without waiting is answered before this
+                    left = client.counts()
+                    assert left == {"watches": 0, "transactions": 0, "waiters": 0, "unanswered": 0}
+                    assert not served.conn.transactions
+                    assert not served.conn.watches
+            finally:
+                await client.close()
+                await other.close()
+                await store.close()
+            assert store.engine.check() == []
+
+        asyncio.run(main())
+
+    test.__name__ = suite.__name__
+    test.__doc__ = suite.__doc__
+    return test

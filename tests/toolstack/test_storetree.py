@@ -323,14 +323,14 @@ def test_nodes_that_go_while_we_look():
     async def look(client: Client, store: Store) -> int:
         real, left = client.read, 0
 
-        async def read(path: str, tx: Any = None) -> bytes:
+        async def read(path: str) -> bytes:
             nonlocal left
             left -= 1
             if left == 0:
                 for gone in (FRONT, BACK):
                     if await client.exists(gone):
                         await client.rm(gone)
-            return await real(path, tx)
+            return await real(path)
 
         client.read = read  # type: ignore[method-assign]
         for n in range(1, 40):

@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError
-from xenbus.xenstore.session import Listing, RetryPolicy, Session, WatchRecord, checked
+from xenbus.xenstore import calls
+from xenbus.xenstore.calls import Call, Listing, checked
+from xenbus.xenstore.session import Session, WatchRecord
+from xenbus.xenstore.transaction import RetryPolicy
+from xenbus.xenstore.wire.codecs import CODECS
 from xenbus.xenstore.wire.message import Message, Op, Parser, encode
 
 
@@ -39,7 +43,9 @@ def make(limit: int = 20, **kwargs: int) -> Session:
 
 def ask(session: Session, path: str = "/a", op: Op = Op.READ, tx_id: int = 0, deadline: float = inf) -> Slot:
     slot = Slot()
-    session.submit(op, path, path.encode() + b"\0", tx_id, slot, deadline, 1.0)
+    call = Call(op, path, path.encode() + b"\0", CODECS[op].parse_reply)
+    call.tx_id = tx_id
+    session.submit(call, slot, deadline, 1.0)
     return slot
 
 
@@ -65,7 +71,7 @@ def event(path: str, token: int) -> bytes:
 def watch(session: Session, path: str, callback) -> tuple[WatchRecord, Slot]:
     record = WatchRecord(path, session.new_token(), callback)
     slot = Slot()
-    session.submit(Op.WATCH, path, f"{path}\0{record.token}\0".encode(), 0, slot, inf, 1.0)
+    session.submit(calls.watch(path, record.token), slot, inf, 1.0)
     session.watches[record.token] = record
     return record, slot
 
@@ -229,7 +235,7 @@ def test_a_quota_is_named() -> None:
 def test_an_oversized_request_never_reaches_the_store() -> None:
     session = make()
     with pytest.raises(StoreError) as caught:
-        session.submit(Op.WRITE, "/a", b"x" * 4097, 0, Slot(), inf, 1.0)
+        calls.write("/a", b"x" * 4094)
     assert caught.value.name == "E2BIG"
     assert not session.out
 
@@ -322,7 +328,7 @@ def test_what_everybody_gave_up_is_not_kept() -> None:
         ask(session, deadline=1.0)
         ask(session).cancelled = True
     end = ask(session, "", Op.TRANSACTION_END, 3, deadline=1.0)
-    session.post(Op.UNWATCH, "/a", 1)
+    session.post(calls.unwatch("/a", 1))
     session.expire(2.0)
     assert isinstance(end.value, DeadlineError)
     assert session.counts()["unanswered"] == 3  # the first, and the two that the store must hear
@@ -335,7 +341,7 @@ def test_a_dead_link_fails_everybody_at_once_and_for_ever() -> None:
     session.drop_all(cause)
     session.drop_all(LinkDown("again"))
     slots.append(ask(session))
-    session.post(Op.RESET_WATCHES)
+    session.post(calls.reset_watches())
     for slot in slots:
         assert slot.told == 1
         assert isinstance(slot.value, LinkDown)
@@ -410,3 +416,15 @@ def test_an_empty_listing() -> None:
     listing = Listing()
     assert listing.add(("5", b"\0"))
     assert listing.names() == []
+
+
+def test_what_is_lost_or_late_is_named_with_its_transaction() -> None:
+    session = make()
+    late, lost = ask(session, "/a", tx_id=7, deadline=1.0), ask(session, "/b", Op.WRITE, tx_id=7)
+    session.expire(2.0)
+    session.drop_all(LinkDown("gone"))
+    assert (
+        str(late.value)
+        == "waited 1 s for the reply to READ /a in transaction 7; the store owed the next move"
+    )
+    assert str(lost.value) == "WRITE /b in transaction 7: gone"

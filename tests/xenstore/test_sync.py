@@ -13,10 +13,10 @@ import pytest
 from tests.support.store_links import Store
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
-from xenbus.xenstore import sync
+from xenbus.xenstore import calls, sync
 from xenbus.xenstore.client import Client
-from xenbus.xenstore.session import RetryPolicy
 from xenbus.xenstore.sync import SyncClient
+from xenbus.xenstore.transaction import RetryPolicy
 from xenbus.xenstore.transport.unix import UnixPipe, UnixTransport
 from xenbus.xenstore.wire.message import Message, Op, Parser, encode
 
@@ -82,8 +82,9 @@ def test_events_wait_and_equal_ones_are_one() -> None:
         for _ in range(3):
             client.write("/a/b", "1")
         assert seen == []
-        found = [client.poll_watch(1) for _ in range(3)]
-        assert found == [(one, "/a"), (two, "/a/b"), (one, "/a/b")]
+        found = [client.poll_watch(1) for _ in range(4)]
+        assert found == [(one, "/a"), (two, "/a/b"), (one, "/a/b"), (two, "/a/b")]
+        assert [event.first for _, event in found] == [True, True, False, False]
         assert client.poll_watch(0.01) is None
         assert seen == ["/a", "/a/b"]
         client.write("/a/b", "2")
@@ -264,7 +265,7 @@ def test_nonsense_ends_the_link() -> None:
 def test_a_store_that_takes_nothing_is_met_by_a_deadline() -> None:
     with scripted(0.02) as (client, _):
         while not client.closed:
-            client._submit(Op.WRITE, "/a", b"/a\0" + b"x" * 4000)
+            client._submit(calls.write("/a", b"x" * 4000))
             assert client.counts()["unanswered"] < 512
             client._flush()
         with pytest.raises(LinkDown, match="took nothing"):

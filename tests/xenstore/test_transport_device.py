@@ -13,6 +13,7 @@ import socket
 import pytest
 
 from xenbus.errors import LinkDown, StoreError
+from xenbus.xenstore import calls
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.sync import SyncClient
 from xenbus.xenstore.transport import device
@@ -132,6 +133,24 @@ def test_a_blocking_caller(monkeypatch) -> None:
     client.close()
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
+
+
+def test_a_caller_that_never_waits(monkeypatch) -> None:
+    """One request at a time; a write that the kernel refuses is answered without anything to read."""
+    kernel = Kernel(False)
+    with SyncClient(DevicePipe(kernel.client.detach()), 5) as client, kernel.side:
+        replies = [client.submit(calls.read(f"/{n}")) for n in range(3)]
+        for done in range(3):
+            client.process()
+            assert [reply.done for reply in replies].count(True) == done
+            kernel.serve()
+        client.process()
+        assert [reply.result() for reply in replies] == [b"value"] * 3
+        assert kernel.packets == [1, 1, 1] and not client.wants_write
+        monkeypatch.setattr(device.os, "write", _refuse)
+        refused = client.submit(calls.write("/a", ""))
+        client.process()
+        assert "ENOSPC" in str(refused.error)
 
 
 def _refuse(fd: int, data: bytes) -> int:

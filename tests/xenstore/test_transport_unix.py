@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,14 +196,16 @@ def test_no_descriptor_is_left() -> None:
 def test_a_blocking_pipe_keeps_its_time() -> None:
     near, far = socket.socketpair()
     pipe = UnixPipe(near, "somebody")
+    before = time.monotonic()
     with pytest.raises(TimeoutError, match="somebody sent nothing"):
         pipe.receive(0.01)
+    assert time.monotonic() - before >= 0.01
+    with pytest.raises(TimeoutError, match="somebody sent nothing"):
+        pipe.receive(-1)
     with pytest.raises(TimeoutError, match="took nothing"):
         pipe.send([b"x" * 1_000_000], 0.01)
     far.send(b"abc")
     assert pipe.receive(5) == b"abc"
-    (seconds, micros) = struct.unpack("@ll", near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
-    assert 4.9 < seconds + micros / 1e6 < 5.1
     far.close()
     pipe.close()
     pipe.close()

@@ -1,27 +1,29 @@
-"""`xenbus store`: what xenstore-ls, -read, -write, -rm, -chmod and -watch do, and a daemon alone.
+"""`xenbus store`: what the xenstore-* programs do, and a daemon alone.
 
 Knows the blocking client and the daemon's entry. Any XenStore will do, Xen's own too.
 """
 
 from __future__ import annotations
 
-import base64
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, UsageError
+from xenbus.cli.exits import Exit
+from xenbus.cli.recordings import add_to
+from xenbus.cli.values import escaped, jsonable, unescaped
+from xenbus.errors import DeadlineError, LinkDown, UsageError, XenbusError
 
 if TYPE_CHECKING:
     from xenbus.xenstore.sync import SyncClient, Transaction
 
+UPDATE_SECONDS = 60.0  # that a live update may take, whatever it waits for
 F = TypeVar("F", bound=Callable[..., Any])
-BATCH = 64  # children read in one go
 
 
 def address(directory: Path | None, socket: Path | None) -> str:
@@ -38,18 +40,29 @@ def address(directory: Path | None, socket: Path | None) -> str:
     return os.environ.get(STORE_VARIABLE) or default_address()
 
 
-def target_options(command: F) -> F:
-    """--dir and --socket, handed over as `connect: Callable[[], SyncClient]`."""
+def address_options(command: F) -> F:
+    """--dir and --socket, handed over as `where: str`."""
     import functools
 
     @functools.wraps(command)
     def wrapped(*args: Any, directory: Path | None, socket: Path | None, **kwargs: Any) -> Any:
-        return command(*args, connect=lambda: _connect(address(directory, socket)), **kwargs)
+        return command(*args, where=address(directory, socket), **kwargs)
 
     option = click.option(
         "--socket", metavar="PATH", type=click.Path(path_type=Path), help="The store's socket or device."
     )
     return dir_option(option(wrapped))  # type: ignore[return-value]
+
+
+def target_options(command: F) -> F:
+    """--dir and --socket, handed over as `connect: Callable[[], SyncClient]`."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, where: str, **kwargs: Any) -> Any:
+        return command(*args, connect=lambda: _connect(where), **kwargs)
+
+    return address_options(wrapped)  # type: ignore[return-value]
 
 
 def _connect(where: str) -> SyncClient:
@@ -65,90 +78,12 @@ def _reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-# Values
-
-
-def escaped(value: bytes) -> str:
-    """A value on one line of ASCII, escaped as Xen's own tools do (xenstore_client.c, sanitise_value)."""
-    return "".join(_ESCAPES[byte] for byte in value)
-
-
-def _escape(byte: int) -> str:
-    named = {9: "\\t", 10: "\\n", 13: "\\r", 92: "\\\\"}
-    if byte in named:
-        return named[byte]
-    if 32 <= byte <= 126:
-        return chr(byte)
-    return f"\\{byte:03o}" if byte < 8 else f"\\x{byte:02x}"
-
-
-_ESCAPES = [_escape(byte) for byte in range(256)]
-
-
-def jsonable(value: bytes | None) -> object:
-    """Text where it is UTF-8, otherwise `{"base64": ...}`; null for what may not be read."""
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(value).decode()}
+def _perms(client: SyncClient, path: str) -> list[str]:
+    return [str(perm) for perm in client.get_perms(path)]
 
 
 def _child(path: str, name: str) -> str:
     return f"/{name}" if path == "/" else f"{path}/{name}"
-
-
-Node = tuple[int, str, bytes | None]
-
-
-def walk(client: SyncClient, top: str) -> Iterator[Node]:
-    """(depth, path, value) of all below `top`, as the store lists them; no recursion, whatever its depth.
-
-    A node that goes meanwhile is left out; one whose value may not be read has None.
-    """
-    level = list(_children(client, top, 0))
-    stack = [iter(level)]
-    while stack:
-        node = next(stack[-1], None)
-        if node is None:
-            stack.pop()
-            continue
-        yield node
-        try:
-            stack.append(iter(list(_children(client, node[1], node[0] + 1))))
-        except NoEntry:
-            continue
-
-
-def _children(client: SyncClient, path: str, depth: int) -> Iterator[Node]:
-    names = client.directory(path)
-    for start in range(0, len(names), BATCH):
-        batch = names[start : start + BATCH]
-        for name, value in _values(client, path, batch).items():
-            yield depth, _child(path, name), value
-
-
-def _values(client: SyncClient, path: str, names: list[str]) -> dict[str, bytes | None]:
-    from xenbus.errors import StoreError
-
-    try:
-        return client.gather(path, dict.fromkeys(names, bytes), dict.fromkeys(names))
-    except StoreError:  # one of them is not ours to read
-        return {name: _value(client, _child(path, name)) for name in names}
-
-
-def _value(client: SyncClient, path: str) -> bytes | None:
-    from xenbus.errors import StoreError
-
-    try:
-        return client.read(path)
-    except StoreError:
-        return None
-
-
-def _perms(client: SyncClient, path: str) -> list[str]:
-    return [str(perm) for perm in client.get_perms(path)]
 
 
 # Commands
@@ -181,30 +116,32 @@ def ls(connect: Callable[[], SyncClient], path: str, full: bool, perms: bool, as
       xenbus store ls -f /local/domain/1/device
     """
     with connect() as client:
-        listed: dict[str, object] = {}
-        for depth, node, value in walk(client, path):
-            try:
-                rights = _perms(client, node) if perms else None
-            except NoEntry:
-                continue
-            if as_json:
-                shown = jsonable(value)
-                listed[node] = shown if rights is None else {"value": shown, "perms": rights}
-                continue
-            name = node if full else " " * depth + node.rpartition("/")[2]
-            line = f"{name}:" if value is None else f'{name} = "{escaped(value)}"'
-            click.echo(line if rights is None else f"{line}  ({','.join(rights)})")
+        top, *nodes = client.walk(path, perms)
+    listed: dict[str, object] = {}
+    above = top.path.rstrip("/").count("/") + 1
+    for node in nodes:
+        rights = [str(perm) for perm in node.perms or ()] if perms else None
         if as_json:
-            emit(listed, True, "")
+            shown = jsonable(node.value)
+            listed[node.path] = shown if rights is None else {"value": shown, "perms": rights}
+            continue
+        name = node.path if full else " " * (node.path.count("/") - above) + node.path.rpartition("/")[2]
+        line = f"{name}:" if node.value is None else f'{name} = "{escaped(node.value)}"'
+        click.echo(line if rights is None else f"{line}  ({','.join(rights)})")
+    if as_json:
+        emit(listed, True, "")
 
 
 @command.command("read")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-p", "prefix", is_flag=True, help="Print each path before its value.")
 @click.option("--raw", is_flag=True, help="Print the bytes as they are, with nothing added.")
 @json_option
 @target_options
-def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, as_json: bool) -> None:
-    """Print the values of nodes, a line each.
+def read(
+    connect: Callable[[], SyncClient], paths: tuple[str, ...], prefix: bool, raw: bool, as_json: bool
+) -> None:
+    """Print the values of nodes, a line each, what is no plain text escaped.
 
     \b
     Example:
@@ -216,7 +153,7 @@ def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, a
         for value in values.values():
             click.echo(value, nl=False)
         return
-    lines = "\n".join(escaped(values[path]) for path in paths)
+    lines = "\n".join((f"{path}: " if prefix else "") + escaped(values[path]) for path in paths)
     if as_json:
         emit({path: jsonable(value) for path, value in values.items()}, True, "")
     else:
@@ -225,8 +162,9 @@ def read(connect: Callable[[], SyncClient], paths: tuple[str, ...], raw: bool, a
 
 @command.command("write")
 @click.argument("pairs", nargs=-1, required=True, metavar="PATH VALUE...")
+@click.option("-e", "escapes", is_flag=True, help="Values have escapes, as `read` prints them.")
 @target_options
-def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
+def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...], escapes: bool) -> None:
     """Write values, taken as they stand; several pairs in one transaction. Missing parents are made.
 
     \b
@@ -235,16 +173,16 @@ def write(connect: Callable[[], SyncClient], pairs: tuple[str, ...]) -> None:
     """
     if len(pairs) % 2:
         raise UsageError(f"{pairs[-1]}: a value is missing")
+    values = [unescaped(value) if escapes else value for value in pairs[1::2]]
     with connect() as client:
         if len(pairs) == 2:
-            client.write(*pairs)
+            client.write(pairs[0], values[0])
             return
 
-        def all_of_them(tx: Transaction) -> None:
-            for path, value in zip(pairs[::2], pairs[1::2], strict=True):
-                tx.write(path, value)
-
-        client.transaction(all_of_them)
+        batch = client.batch()
+        for path, value in zip(pairs[::2], values, strict=True):
+            batch.write(path, value)
+        batch.commit()
 
 
 @command.command("mkdir")
@@ -264,26 +202,76 @@ def mkdir(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
 
 @command.command("rm")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "-t", "tidy", is_flag=True, help="Remove parents, too, that are left empty: no value, no child."
+)
 @target_options
-def rm(connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
-    """Remove nodes and all below them; one that is not there is an error.
+def rm(connect: Callable[[], SyncClient], paths: tuple[str, ...], tidy: bool) -> None:
+    """Remove nodes and all below them, all or none; one that is not there is an error.
 
     \b
     Example:
-      xenbus store rm /local/domain/1/data
+      xenbus store rm -t /local/domain/1/device/vbd/51712
+    """
+
+    def remove(tx: Transaction) -> None:
+        for path in paths:
+            tx.read(path)  # the store itself calls it a success when only the last name is missing
+            tx.rm(path)
+            above = path.rpartition("/")[0]
+            while tidy and above and not tx.directory(above) and not tx.read(above):
+                tx.rm(above)
+                above = above.rpartition("/")[0]
+
+    with connect() as client:
+        client.transaction(remove)
+
+
+@command.command("exists")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@target_options
+@click.pass_context
+def exists(context: click.Context, connect: Callable[[], SyncClient], paths: tuple[str, ...]) -> None:
+    """End with 0 if all of the nodes are there, with 3 if one is not. Nothing is printed.
+
+    \b
+    Example:
+      xenbus store exists /local/domain/1/device/vbd/51712 && echo attached
     """
     with connect() as client:
-        for path in paths:
-            client.read(path)  # the store itself calls it a success when only the last name is missing
-            client.rm(path)
+        if not all(client.exists(path) for path in paths):
+            context.exit(Exit.NOT_FOUND)
+
+
+@command.command("list")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-p", "full", is_flag=True, help="Print whole paths.")
+@json_option
+@target_options
+def list_children(
+    connect: Callable[[], SyncClient], paths: tuple[str, ...], full: bool, as_json: bool
+) -> None:
+    """Print the names of the children of nodes, a line each; `ls` prints all that is below, with values.
+
+    \b
+    Example:
+      xenbus store list /local/domain
+    """
+    with connect() as client:
+        names = {path: client.directory(path) for path in paths}
+    lines = (_child(path, name) if full else name for path, below in names.items() for name in below)
+    emit(names, as_json, lambda: "\n".join(lines))
 
 
 @command.command("perms")
 @click.argument("path")
 @click.argument("entries", nargs=-1, metavar="[PERM]...")
+@click.option("-r", "below", is_flag=True, help="Set those of all nodes below, too, in one transaction.")
 @json_option
 @target_options
-def perms(connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...], as_json: bool) -> None:
+def perms(
+    connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...], below: bool, as_json: bool
+) -> None:
     """Print a node's permissions, or set them: n, r, w or b and a domain's number; the owner first.
 
     \b
@@ -291,6 +279,9 @@ def perms(connect: Callable[[], SyncClient], path: str, entries: tuple[str, ...]
       xenbus store perms /local/domain/1/data n1 r0
     """
     with connect() as client:
+        if entries and below:
+            client.transaction(lambda tx: [tx.set_perms(node.path, entries) for node in tx.walk(path)])
+            return
         if entries:
             client.set_perms(path, entries)
             return
@@ -335,10 +326,60 @@ def watch(
                 )
 
 
+@command.command("control")
+@click.argument("words", nargs=-1, required=True, metavar="WORD...")
+@target_options
+def control(connect: Callable[[], SyncClient], words: tuple[str, ...]) -> None:
+    """Ask the daemon itself: `help` lists what it knows, `check` looks for what is inconsistent.
+
+    \b
+    Example:
+      xenbus store control quota 1
+    """
+    with connect() as client:
+        answer = client.control(*words)
+    click.echo(answer, nl=not answer.endswith("\n"))
+
+
+@command.command("live-update")
+@click.argument("program", required=False, metavar="[PROGRAM]")
+@click.option("--arguments", metavar="WORDS", help="Its arguments; without it those that the daemon has.")
+@click.option(
+    "--timeout", default=60, metavar="SECONDS", show_default=True, help="Wait for transactions so long,"
+)
+@click.option("--force", is_flag=True, help="and drop them then, where they cannot go along.")
+@target_options
+def live_update(
+    connect: Callable[[], SyncClient], program: str | None, arguments: str | None, timeout: int, force: bool
+) -> None:
+    """Replace the daemon's program while its clients stay connected. Without PROGRAM: by the Python, and with
+    it the xenbus, that runs this command.
+
+    \b
+    Example:
+      xenbus store live-update --dir /tmp/store
+    """
+    import sys
+
+    steps = [["-f", program or sys.executable], ["-s", "-t", str(timeout), *(["-F"] if force else [])]]
+    if arguments is not None:
+        steps.insert(1, ["-c", arguments])
+    with connect() as client:
+        client.timeout = timeout + UPDATE_SECONDS
+        for words in steps:
+            answer = client.control("live-update", *words)
+            if answer != "OK":
+                raise XenbusError(f"the daemon goes on as it is: {answer}")
+
+
 @command.command("serve")
 @dir_option
 @click.option("--quota", "quotas", multiple=True, metavar="NAME=N", help="A guest's limit, e.g. nodes=10000.")
-def serve(directory: Path | None, quotas: tuple[str, ...]) -> None:
+@click.option(
+    "--profile", default="xenstored", metavar="NAME", help="The daemon it is like: xenstored, oxenstored."
+)
+@click.option("--state", metavar="FILE", help="Keep the store in this file, and begin with what is in it.")
+def serve(directory: Path | None, quotas: tuple[str, ...], profile: str, state: str | None) -> None:
     """Serve a XenStore alone, at DIR/socket, until SIGTERM or SIGINT. Prints `ready` when it is.
 
     \b
@@ -346,18 +387,23 @@ def serve(directory: Path | None, quotas: tuple[str, ...]) -> None:
       xenbus store serve --dir /tmp/store &
       XENSTORED_RUNDIR=/tmp/store xenstore-ls
     """
-    import asyncio
     import os
     import sys
 
     from xenbus.xenstore.daemon.__main__ import serve as serve_store
-    from xenbus.xenstore.engine import Quotas
+    from xenbus.xenstore.daemon.loop import run
+    from xenbus.xenstore.engine import profile_of
 
     place = need_dir(directory)
-    limits = Quotas.parse(list(quotas))
+    chosen = profile_of(profile)
+    limits = chosen.parse_quotas(quotas)
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{place}: {error.strerror}") from None
     sys.stdout.flush()
-    asyncio.run(serve_store(str(place / "socket"), limits, ready_fd=os.dup(sys.stdout.fileno())))
+    ready = os.dup(sys.stdout.fileno())
+    run(serve_store(str(place / "socket"), limits, ready_fd=ready, profile=chosen, state=state))
+
+
+add_to(command, address_options)

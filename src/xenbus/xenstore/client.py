@@ -1,6 +1,6 @@
-"""The asyncio client of a XenStore: every operation, watches, transactions. Thin over session.py.
+"""The asyncio client of a XenStore: every operation, watches, transactions. Thin over link.py.
 
-Knows the loop and a `Transport`; neither hypervisor nor ring, nor what the paths mean.
+Knows the loop; neither hypervisor nor ring, nor what the paths mean.
 """
 
 from __future__ import annotations
@@ -8,23 +8,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from math import inf
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError
+from xenbus.errors import (
+    Conflict,
+    DeadlineError,
+    LinkDown,
+    NoEntry,
+    UsageError,
+)
+from xenbus.xenstore import batch, calls
+from xenbus.xenstore.asking import Nodes, one
+from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.events import EventStream
-from xenbus.xenstore.session import RETRY, Listing, RetryPolicy, Session, WatchRecord, checked
-from xenbus.xenstore.transport import Busy, Transport, default_address, resolve
-from xenbus.xenstore.wire.codecs import CODECS
+from xenbus.xenstore.image import MIRROR_LIMIT
+from xenbus.xenstore.link import Dependent, Link, dialer
+from xenbus.xenstore.mirror import Mirror
+from xenbus.xenstore.reconnect import Reconnect
+from xenbus.xenstore.session import Event, WatchRecord
+from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
+from xenbus.xenstore.transport import Busy, Transport
 from xenbus.xenstore.wire.message import Op
-from xenbus.xenstore.wire.paths import join
-from xenbus.xenstore.wire.perms import Perm
 
 log = logging.getLogger("xenbus.xenstore")
+P = ParamSpec("P")
 T = TypeVar("T")
 # Seconds.
 REQUEST_TIMEOUT = 30.0
@@ -38,8 +48,10 @@ class Watch(WatchRecord):
 
     __slots__ = ("_client",)
 
-    def __init__(self, client: Client, path: str, token: int, callback: Callable[[str], None]) -> None:
-        super().__init__(path, token, callback)
+    def __init__(
+        self, client: Client, path: str, token: int, callback: Callable[[Event], object], depth: int | None
+    ) -> None:
+        super().__init__(path, token, callback, depth)
         self._client = client
 
     async def close(self) -> None:
@@ -47,53 +59,53 @@ class Watch(WatchRecord):
         await self._client._unwatch(self)
 
 
-class Transaction:
+class Transaction(Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "ended", "id")
+    __slots__ = ("_client", "_session", "ended", "id", "touched")
 
     def __init__(self, client: Client, tx_id: int) -> None:
         self._client = client
+        self._session = client._session
         self.id = tx_id
         self.ended = False
+        self.touched = Touched()
 
-    def read(self, path: str) -> Coroutine[Any, Any, bytes]:
-        return self._client.read(path, self)
+    def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
+        if self.ended:
+            raise UsageError(f"transaction {self.id} has ended")
+        if self._client._session is not self._session:
+            raise LinkDown(f"transaction {self.id} was lost with its connection")
+        call.tx_id = self.id
+        self.touched.add(call)
+        return self._client._submit(call)
 
-    def read_str(self, path: str) -> Coroutine[Any, Any, str]:
-        return self._client.read_str(path, self)
-
-    def write(self, path: str, value: bytes | str) -> Coroutine[Any, Any, None]:
-        return self._client.write(path, value, self)
-
-    def mkdir(self, path: str) -> Coroutine[Any, Any, None]:
-        return self._client.mkdir(path, self)
-
-    def rm(self, path: str) -> Coroutine[Any, Any, None]:
-        return self._client.rm(path, self)
-
-    def directory(self, path: str) -> Coroutine[Any, Any, list[str]]:
-        return self._client.directory(path, self)
-
-    def exists(self, path: str) -> Coroutine[Any, Any, bool]:
-        return self._client.exists(path, self)
-
-    def get_perms(self, path: str) -> Coroutine[Any, Any, list[Perm]]:
-        return self._client.get_perms(path, self)
-
-    def set_perms(self, path: str, perms: Iterable[Perm | str]) -> Coroutine[Any, Any, None]:
-        return self._client.set_perms(path, perms, self)
-
-    def gather(
-        self,
-        directory: str,
-        wanted: Mapping[str, Callable[[bytes], Any]],
-        defaults: Mapping[str, Any] | None = None,
-    ) -> Coroutine[Any, Any, dict[str, Any]]:
-        return self._client.gather(directory, wanted, defaults, self)
+    async def _drive(self, program: Program[T]) -> T:
+        return await self._client._drive(program, self._submit)
 
 
-class Client:
+class Batch(batch.Batch):
+    """Operations that are sent together; made by `Client.batch`."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self._client = client
+
+    async def send(self) -> list[Any]:
+        """All in one write. What each came to, in order: its result, or its StoreError (so have the
+        replies). Raised is what is nobody's own: LinkDown, DeadlineError, PeerError."""
+        outcomes = self._settle(await self._client._drive(calls.together(self._requests())))
+        return batch.own_errors(outcomes)
+
+    async def commit(self, *, attempts: int | None = None, policy: RetryPolicy = RETRY) -> list[Any]:
+        """All in one transaction, in two round trips; again, by `policy`, while it meets a Conflict.
+        Their results, in order. If one of them fails nothing is changed, and its error is raised."""
+        return self._settle(await self._client._commit(self, attempts, policy))
+
+
+class Client(Link, Nodes):
     """One connection. Made by `connect`, inside the loop that it then belongs to.
 
     timeout: seconds that the store has for a reply; DeadlineError after that. May be changed at any time.
@@ -102,72 +114,52 @@ class Client:
     """
 
     def __init__(
-        self, transport: Transport, timeout: float = REQUEST_TIMEOUT, max_transactions: int = MAX_TRANSACTIONS
+        self,
+        transport: Transport,
+        timeout: float = REQUEST_TIMEOUT,
+        max_transactions: int = MAX_TRANSACTIONS,
+        **options: Any,
     ) -> None:
-        self.timeout = timeout
-        self._loop = asyncio.get_running_loop()
-        self._transport = transport
-        self._session = Session(transport.peer, transport.max_outstanding)
+        super().__init__(transport, timeout, **options)
         self._slots = asyncio.Semaphore(max_transactions)
-        self._timer: asyncio.TimerHandle | None = None
-        self._flushing = False
-        self._streams: set[EventStream] = set()
-        self._on_lost: list[Callable[[Exception], None]] = []
-        transport.start(self)
 
     @classmethod
     async def connect(
         cls,
-        target: str | os.PathLike[str] | Transport | None = None,
+        target: str | os.PathLike[str] | Transport | Callable[[], Transport] | None = None,
         *,
         timeout: float = REQUEST_TIMEOUT,
         max_transactions: int = MAX_TRANSACTIONS,
+        max_watches: int | None = None,
+        reconnect: Reconnect | None = None,
     ) -> Client:
-        """`unix:/path`, a path (of a socket or a device), or a transport; None: where libxenstore looks.
+        """`unix:/path`, a path (of a socket or a device), a transport or a function that makes one; None:
+        where libxenstore looks.
 
+        max_watches: of this client; one more is StoreError E2BIG, before the store's own quota is met
+        reconnect:   what to do when the link is lost (see `Reconnect`); None: nothing works any more
         LinkDown if nobody is there, or has no room for us within `timeout` seconds.
         """
-        if target is not None and not isinstance(target, (str, os.PathLike)):
-            return cls(target, timeout, max_transactions)
-        scheme, rest = resolve(target or default_address())
+        dial = dialer(target)
+        if reconnect is not None and dial is None:
+            raise UsageError("reconnect: a transport cannot be made again; give an address, or a function")
         until = monotonic() + timeout
         while True:
             try:
-                return cls(scheme.connect(rest), timeout, max_transactions)
+                transport = target if dial is None else dial()
             except Busy:
                 if monotonic() >= until:
                     raise
-            await asyncio.sleep(BUSY_PAUSE)
-
-    @property
-    def peer(self) -> str:
-        return self._session.peer
-
-    @property
-    def closed(self) -> bool:
-        """No request can succeed any more: closed here, or lost."""
-        return self._session.dead is not None
-
-    def on_lost(self, callback: Callable[[Exception], None]) -> None:
-        """`callback(why)` once, if the link is lost and not closed here; at once if it is lost already."""
-        if isinstance(self._session.dead, _ClosedHere):
-            return
-        if self._session.dead is not None:
-            callback(self._session.dead)
-        else:
-            self._on_lost.append(callback)
-
-    def counts(self) -> dict[str, int]:
-        """What is held: watches, transactions, waiters, unanswered."""
-        return self._session.counts()
-
-    async def close(self) -> None:
-        """Every waiter gets LinkDown. Idempotent."""
-        if not self.closed:
-            self._flush()
-            self._on_lost.clear()
-            self._down(_ClosedHere("the connection was closed here"))
-            await asyncio.sleep(0)
+                await asyncio.sleep(BUSY_PAUSE)
+                continue
+            return cls(
+                transport,  # type: ignore[arg-type]  # dial is None for a transport alone
+                timeout,
+                max_transactions,
+                max_watches=max_watches,
+                dial=dial,
+                reconnect=reconnect,
+            )
 
     async def __aenter__(self) -> Client:
         return self
@@ -175,189 +167,34 @@ class Client:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    # ---- the transport's side (Receiver) ----
+    # ---- several at once ----
 
-    def data_received(self, data: bytes | memoryview) -> None:
-        session = self._session
-        if session.dead is not None:
-            return
-        try:
-            session.receive(data)
-        except PeerError as exc:
-            self._down(exc)
-        if session.out and not self._flushing:
-            self._flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._down(exc or LinkDown(f"{self.peer} closed the connection"))
-
-    def drained(self) -> None:
-        pass
-
-    def _down(self, exc: Exception) -> None:
-        if self._session.dead is not None:
-            return
-        self._session.drop_all(exc)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._transport.close()
-        for stream in self._streams:
-            stream.fail(exc)
-        callbacks, self._on_lost = self._on_lost, []
-        for callback in callbacks:
-            try:
-                callback(exc)
-            except Exception:
-                log.exception("a callback for the loss of %s failed", self.peer)
-
-    # ---- requests ----
-
-    def _submit(
-        self, op: Op, path: str, payload: bytes, tx: Transaction | None = None
-    ) -> asyncio.Future[bytes]:
-        """The future of one reply's payload. Requests of one loop turn share a write."""
-        if tx is not None and tx.ended:
-            raise UsageError(f"transaction {tx.id} has ended")
-        loop, timeout = self._loop, self.timeout
-        waiter: asyncio.Future[bytes] = loop.create_future()
-        deadline = loop.time() + timeout
-        session = self._session
-        session.submit(op, path, payload, tx.id if tx is not None else 0, waiter, deadline, timeout)
-        if session.out and not self._flushing:
-            self._flushing = True
-            loop.call_soon(self._flush)
-        timer = self._timer
-        if timer is None or timer.when() > deadline:
-            self._arm(deadline)
-        return waiter
-
-    async def _ask(self, op: Op, path: str, *args: Any, tx: Transaction | None = None) -> Any:
-        codec = CODECS[op]
-        return codec.parse_reply(await self._submit(op, path, codec.request(*args), tx))
-
-    def _flush(self) -> None:
-        self._flushing = False
-        session = self._session
-        if session.out:
-            messages, session.out = session.out, []
-            self._transport.send(messages)
-
-    def _arm(self, deadline: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if deadline != inf and not self.closed:
-            self._timer = self._loop.call_at(deadline, self._expire)
-
-    def _expire(self) -> None:
-        self._timer = None
-        self._arm(self._session.expire(self._loop.time()))
-
-    # ---- nodes ----
-
-    async def read(self, path: str, tx: Transaction | None = None) -> bytes:
-        """The node's value."""
-        return await self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx)
-
-    async def read_str(self, path: str, tx: Transaction | None = None) -> str:
-        """The value as text: UTF-8, bytes that are none kept as surrogates."""
-        return (await self.read(path, tx)).decode("utf-8", "surrogateescape")
-
-    async def write(self, path: str, value: bytes | str, tx: Transaction | None = None) -> None:
-        """Makes missing parents, with empty values."""
-        await self._ask(Op.WRITE, path, checked(Op.WRITE, path), value, tx=tx)
-
-    async def mkdir(self, path: str, tx: Transaction | None = None) -> None:
-        """A node that exists keeps its value."""
-        await self._ask(Op.MKDIR, path, checked(Op.MKDIR, path), tx=tx)
-
-    async def rm(self, path: str, tx: Transaction | None = None) -> None:
-        """The node and all below it. A missing one is fine, a missing parent is NoEntry."""
-        await self._ask(Op.RM, path, checked(Op.RM, path), tx=tx)
-
-    async def directory(self, path: str, tx: Transaction | None = None) -> list[str]:
-        """The children's names; a list too long for one reply is fetched in parts, of one generation."""
-        try:
-            names: list[str] = await self._ask(Op.DIRECTORY, path, checked(Op.DIRECTORY, path), tx=tx)
-        except StoreError as exc:
-            if exc.name != "E2BIG":
-                raise
-            return await self._directory_parts(path, tx)
-        return names
-
-    async def _directory_parts(self, path: str, tx: Transaction | None) -> list[str]:
-        listing, start = Listing(), self._loop.time()
-        while not listing.add(await self._ask(Op.DIRECTORY_PART, path, path, listing.offset, tx=tx)):
-            if listing.restarts and self._loop.time() - start > self.timeout:
-                raise DeadlineError(f"an unchanging list of {path}", self.peer, self.timeout)
-        return listing.names()
-
-    async def exists(self, path: str, tx: Transaction | None = None) -> bool:
-        """False for NoEntry alone; a node that may not be read is an error."""
-        try:
-            await self.read(path, tx)
-        except NoEntry:
-            return False
-        return True
-
-    async def get_perms(self, path: str, tx: Transaction | None = None) -> list[Perm]:
-        """The owner's entry first."""
-        perms: list[Perm] = await self._ask(Op.GET_PERMS, path, checked(Op.GET_PERMS, path), tx=tx)
-        return perms
-
-    async def set_perms(self, path: str, perms: Iterable[Perm | str], tx: Transaction | None = None) -> None:
-        """Entries as `Perm` or as text (`"n5"`, `"r0"`)."""
-        await self._ask(Op.SET_PERMS, path, checked(Op.SET_PERMS, path), perms, tx=tx)
-
-    async def gather(
-        self,
-        directory: str,
-        wanted: Mapping[str, Callable[[bytes], Any]],
-        defaults: Mapping[str, Any] | None = None,
-        tx: Transaction | None = None,
-    ) -> dict[str, Any]:
-        """`{name: converter}` read below `directory`, all in one write.
-
-        A missing name is NoEntry unless `defaults` has it; a value that its converter refuses (ValueError)
-        is PeerError, naming both.
-        """
-        paths = [join(directory, name) for name in wanted]
-        waiters = [self._submit(Op.READ, path, checked(Op.READ, path).encode() + b"\0", tx) for path in paths]
-        replies = await asyncio.gather(*waiters, return_exceptions=True)
-        found: dict[str, Any] = {}
-        for (name, convert), path, reply in zip(wanted.items(), paths, replies, strict=True):
-            if isinstance(reply, NoEntry) and defaults is not None and name in defaults:
-                found[name] = defaults[name]
-            elif isinstance(reply, BaseException):
-                raise reply
-            else:
-                try:
-                    found[name] = convert(reply)
-                except ValueError as exc:
-                    raise PeerError(f"{path}: {reply!r} is not what belongs there ({exc})") from exc
-        return found
+    def batch(self) -> Batch:
+        """Operations to be sent together, or committed as one transaction."""
+        return Batch(self)
 
     # ---- watches ----
 
-    async def watch(self, path: str, callback: Callable[[str], None], *, depth: int | None = None) -> Watch:
-        """`callback(event path)` in the loop, for the first event and every one after it.
+    async def watch(
+        self, path: Path, callback: Callable[[Event], object], *, depth: int | None = None
+    ) -> Watch:
+        """`callback(event)` in the loop, for the first event and every one after it.
 
         Callbacks run as events arrive, so the first may run before this returns. One that raises is logged.
         depth: 0 the node alone, 1 its children too, ...; the store needs XENSTORE_SERVER_FEATURE_WATCHDEPTH.
+        StoreError E2BIG past `max_watches`, or the domain's own quota of watches.
         """
-        checked(Op.WATCH, path)
         session = self._session
-        record = Watch(self, path, session.new_token(), callback)
-        waiter = self._submit(Op.WATCH, path, CODECS[Op.WATCH].request(path, str(record.token), depth))
+        token = session.new_token()
+        call = calls.watch(path, token, depth)
+        session.check_budget(call.path)
+        record = Watch(self, call.path, token, callback, depth)
         if session.dead is None:
             session.watches[record.token] = record
         try:
-            await waiter
+            await self._ask(call)
         except BaseException:
             session.watches.pop(record.token, None)
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._post(Op.UNWATCH, path, record.token)
             raise
         return record
 
@@ -365,41 +202,46 @@ class Client:
         if self._session.watches.pop(watch.token, None) is None:
             return
         try:
-            await self._ask(Op.UNWATCH, watch.path, watch.path, watch.token)
+            await self._ask(calls.unwatch(watch.path, watch.token))
         except (LinkDown, NoEntry):
             pass
 
-    def _post(self, op: Op, *args: object, tx_id: int = 0) -> None:
-        self._session.post(op, *args, tx_id=tx_id)
-        if self._session.out and not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+    def _drop_watch(self, watch: Watch) -> None:
+        """Not waited for: a store that hangs must not hold up whoever leaves by a deadline."""
+        self._dependents.pop(watch.token, None)
+        if self._session.watches.pop(watch.token, None) is not None:
+            self._session.post(calls.unwatch(watch.path, watch.token))
+            self._kick()
 
     @asynccontextmanager
-    async def events(self, path: str, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[str]]:
-        """`async with client.events(p) as paths: async for path in paths`. Equal events that wait are one;
-        past events.MAX_EVENTS different ones they become one event at `path`. Ends with LinkDown."""
+    async def events(self, path: Path, *, depth: int | None = None) -> AsyncIterator[AsyncIterator[Event]]:
+        """`async with client.events(p) as events: async for event in events`; an event is its path.
+
+        Equal events that wait are one; past events.MAX_EVENTS different ones they become one event at
+        `path`. `event.first` says that nothing changed yet; `event.resync`, after reconnecting, that
+        anything may have. Ends with LinkDown.
+        """
         async with self._stream(path, depth) as stream:
             yield stream
 
     @asynccontextmanager
-    async def _stream(self, path: str, depth: int | None = None) -> AsyncIterator[EventStream]:
-        stream = EventStream(path)
-        self._streams.add(stream)
+    async def _stream(self, path: Path, depth: int | None = None) -> AsyncIterator[EventStream]:
+        stream = EventStream(calls.checked(Op.WATCH, path))
+        watch = await self.watch(path, stream.put, depth=depth)
+        self._depend(watch, stream)
         try:
-            watch = await self.watch(path, stream.put, depth=depth)
-            try:
-                yield stream
-            finally:
-                # Not waited for: a store that hangs must not hold up whoever leaves by a deadline.
-                if self._session.watches.pop(watch.token, None) is not None:
-                    self._post(Op.UNWATCH, path, watch.token)
+            yield stream
         finally:
-            self._streams.discard(stream)
+            self._drop_watch(watch)
+
+    def _depend(self, watch: Watch, dependent: Dependent) -> None:
+        self._dependents[watch.token] = dependent
+        if self.closed:  # since the watch was set, before we had our turn
+            dependent.fail(self._session.dead or LinkDown("closed"))
 
     async def wait_for(
         self,
-        path: str,
+        path: Path,
         predicate: Callable[[bytes | None], bool],
         timeout: float,
         *,
@@ -414,16 +256,27 @@ class Client:
                 async for _ in stream:
                     stream.clear()
                     try:
-                        value: bytes | None = await self.read(path)
-                    except NoEntry:
-                        value = None
+                        value = await self.get(path)
+                    except LinkDown:
+                        if self.closed:
+                            raise
+                        continue  # a resync event will come
                     if predicate(value):
                         return value
         except TimeoutError as exc:
             if isinstance(exc, DeadlineError):
                 raise
-            raise DeadlineError(f"a change of {path}", owed_by or f"whoever writes {path}", timeout) from None
-        raise LinkDown(f"events of {path} ended")
+            where = calls.checked(Op.WATCH, path)
+            raise DeadlineError(
+                f"a change of {where}", owed_by or f"whoever writes {where}", timeout
+            ) from None
+        raise LinkDown("events ended")
+
+    def mirror(self, path: Path, *, limit: int = MIRROR_LIMIT) -> Mirror:
+        """`async with client.mirror(p) as mirror`: the node and all below it, kept here; see `Mirror`.
+
+        PeerError past `limit` nodes."""
+        return Mirror(self, path, limit)
 
     # ---- transactions ----
 
@@ -440,33 +293,36 @@ class Client:
         the transaction and is raised (a Conflict: run again); one that never started is not aborted.
         Cancelled or timed out while it commits, it may be committed or not: the store knows.
         """
-        start = self._loop.time()
-        ended = 0
+        runs = Attempts(policy, attempts, self._loop.time)
         while True:
             try:
                 return await self._transact(function)
             except Conflict as exc:
-                ended += 1
-                if attempts is not None and ended >= attempts:
-                    raise
-                pause = policy.pause(ended, self._loop.time() - start, random.random())
-                if pause is None:
-                    raise Conflict(exc.name, exc.op, exc.path, exc.tx_id, f"after {ended} attempts") from exc
+                pause = runs.failed(exc)
             await asyncio.sleep(pause)
 
     async def _transact(self, function: Callable[[Transaction], Awaitable[T]]) -> T:
         await self._take_slot()
         try:
-            tx = await self._start()
+            tx = Transaction(self, await self._ask(calls.start()))
             try:
                 result = await function(tx)
-            except BaseException:
+            except BaseException as exc:
                 tx.ended = True
-                self._post(Op.TRANSACTION_END, False, tx_id=tx.id)
+                tx._session.abort(tx.id)
+                self._kick()
+                if isinstance(exc, Conflict):
+                    tx.touched.report(exc)
                 raise
-            waiter = self._submit(Op.TRANSACTION_END, "", CODECS[Op.TRANSACTION_END].request(True), tx)
+            call = calls.end(True)
+            call.tx_id = tx.id
+            waiter = tx._submit(call)
             tx.ended = True
-            await waiter
+            try:
+                await waiter
+            except Conflict as exc:
+                tx.touched.report(exc)
+                raise
             return result
         finally:
             self._slots.release()
@@ -481,76 +337,34 @@ class Client:
         except TimeoutError:
             raise DeadlineError("a free transaction", "our own transactions", self.timeout) from None
 
-    async def _start(self) -> Transaction:
-        codec = CODECS[Op.TRANSACTION_START]
-        waiter = self._submit(Op.TRANSACTION_START, "", codec.request())
-        try:
-            return Transaction(self, codec.parse_reply(await waiter))
-        except asyncio.CancelledError:
-            # Cancelled between the reply and our turn to see it.
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._post(Op.TRANSACTION_END, False, tx_id=codec.parse_reply(waiter.result()))
-            raise
+    async def _commit(self, batch: Batch, attempts: int | None, policy: RetryPolicy) -> list[Any]:
+        runs = Attempts(policy, attempts, self._loop.time)
+        while True:
+            await self._take_slot()
+            try:
+                return await self._drive(commit(self._session, batch._requests()))
+            except Conflict as exc:
+                pause = runs.failed(exc)
+            finally:
+                self._slots.release()
+            await asyncio.sleep(pause)
 
-    # ---- domains and the store itself (dom0's, but for get_domain_path and get_feature) ----
+    # ---- domains and the store itself ----
 
-    async def introduce(self, domid: int, gfn: int, port: int) -> None:
-        """The store maps the domain's ring page (its grant 1; `gfn` is ignored by ours) and binds `port`."""
-        await self._ask(Op.INTRODUCE, str(domid), domid, gfn, port)
-
-    async def release(self, domid: int) -> None:
-        await self._ask(Op.RELEASE, str(domid), domid)
-
-    async def is_introduced(self, domid: int) -> bool:
-        known: bool = await self._ask(Op.IS_DOMAIN_INTRODUCED, str(domid), domid)
-        return known
-
-    async def resume_domain(self, domid: int) -> None:
-        """@releaseDomain will fire for the domain's next shutdown again."""
-        await self._ask(Op.RESUME, str(domid), domid)
-
-    async def set_target(self, domid: int, target: int) -> None:
-        """`domid` gets `target`'s rights (a device model's)."""
-        await self._ask(Op.SET_TARGET, str(domid), domid, target)
-
-    async def get_domain_path(self, domid: int) -> str:
-        path: str = await self._ask(Op.GET_DOMAIN_PATH, str(domid), domid)
-        return path
+    introduce = one(calls.introduce)
+    release = one(calls.release)
+    is_introduced = one(calls.is_introduced)
+    resume_domain = one(calls.resume_domain)
+    set_target = one(calls.set_target)
+    get_domain_path = one(calls.get_domain_path)
+    get_feature = one(calls.get_feature)
+    set_feature = one(calls.set_feature)
+    quota_names = one(calls.quota_names)
+    get_quota = one(calls.get_quota)
+    set_quota = one(calls.set_quota)
+    control = one(calls.control)
 
     async def reset_watches(self) -> None:
         """All watches and transactions of this connection are gone; no callback from the call on."""
-        self._session.watches.clear()
-        self._session.transactions.clear()
-        await self._ask(Op.RESET_WATCHES, "")
-
-    async def get_feature(self, domid: int | None = None) -> int:
-        """Bits of XENSTORE_SERVER_FEATURE_*; our own without `domid`."""
-        bits: int = await self._ask(Op.GET_FEATURE, "", *([] if domid is None else [domid]))
-        return bits
-
-    async def set_feature(self, domid: int, bits: int) -> None:
-        """Before the domain is introduced."""
-        await self._ask(Op.SET_FEATURE, str(domid), domid, bits)
-
-    async def quota_names(self) -> list[str]:
-        names: str = await self._ask(Op.GET_QUOTA, "")
-        return names.split()
-
-    async def get_quota(self, name: str, domid: int | None = None) -> int:
-        """The global value (the default of new domains) without `domid`."""
-        value: str = await self._ask(Op.GET_QUOTA, name, name, domid)
-        if not value.isdecimal():
-            raise PeerError(f"quota {name}: {value!r} is not a number")
-        return int(value)
-
-    async def set_quota(self, name: str, value: int, domid: int | None = None) -> None:
-        await self._ask(Op.SET_QUOTA, name, name, value, domid)
-
-    async def control(self, *words: str) -> str:
-        """A command for the daemon, its answer as text."""
-        answer: str = await self._ask(Op.CONTROL, words[0] if words else "", *words)
-        return answer
-
-
-class _ClosedHere(LinkDown):
-    """Our own doing: nobody is told that the link was lost."""
+        self._session.forget()
+        await self._ask(calls.reset_watches())

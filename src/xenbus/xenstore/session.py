@@ -11,19 +11,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from typing import Any, Protocol
 
-from xenbus.errors import DeadlineError, LinkDown, PeerError, StoreError, UsageError, store_error
+from xenbus.errors import DeadlineError, LinkDown, PeerError, StoreError, store_error
+from xenbus.xenstore import calls
+from xenbus.xenstore.calls import Call
 from xenbus.xenstore.wire.codecs import CODECS, parse_error
-from xenbus.xenstore.wire.message import PAYLOAD_MAX, Message, Op, Parser, ProtocolError, encode, op_name
-from xenbus.xenstore.wire.paths import check_path
+from xenbus.xenstore.wire.message import Message, Op, Parser, ProtocolError, encode, op_name
 
 log = logging.getLogger("xenbus.xenstore")
 
 # A reply may be larger than XENSTORE_PAYLOAD_MAX (oxenstored has sent a DIRECTORY of 6600 bytes), up to here.
 REPLY_CAP = 1 << 20
-# The children of one node, as a list of bytes, over however many replies.
-LISTING_CAP = 16 << 20
 _ID_MASK = 0xFFFFFFFF
 
 _WATCH_EVENT = int(Op.WATCH_EVENT)
@@ -32,6 +31,7 @@ _WATCH = int(Op.WATCH)
 _UNWATCH = int(Op.UNWATCH)
 _START = int(Op.TRANSACTION_START)
 _END = int(Op.TRANSACTION_END)
+_ok = CODECS[Op.UNWATCH].parse_reply
 # What these names mean for these operations, for people: a quota of the domain that asked (4.17, and now).
 _QUOTAS = {
     (_WATCH, "E2BIG"): "the domain's quota of watches is used up",
@@ -69,90 +69,53 @@ class _Nobody:
 NOBODY = _Nobody()
 
 
+class Event(str):
+    """What a watch says: the path of a node that changed, as the store sent it. It is a str."""
+
+    __slots__ = ()
+    # The watch was just set: this says nothing of a change.
+    first = False
+    # The connection was lost and made again, and the watch with it: anything below it may have changed.
+    resync = False
+
+
+class FirstEvent(Event):
+    __slots__ = ()
+    first = True
+
+
+class ResyncEvent(Event):
+    __slots__ = ()
+    resync = True
+
+
 class WatchRecord:
-    """One watch: the least that must be kept, for there may be tens of thousands in one client."""
+    """One watch: the least that must be kept, for there may be tens of thousands in one client.
 
-    __slots__ = ("callback", "path", "token")
+    The store's first event comes before any other of the same watch; `kind` is what the next one is.
+    """
 
-    def __init__(self, path: str, token: int, callback: Callable[[str], None]) -> None:
+    __slots__ = ("callback", "depth", "kind", "path", "token")
+
+    def __init__(
+        self, path: str, token: int, callback: Callable[[Event], object], depth: int | None = None
+    ) -> None:
         self.path = path
         self.token = token
         self.callback = callback
+        self.depth = depth
+        self.kind: type[Event] = FirstEvent
 
 
 @dataclass(slots=True)
 class Pending:
     """A request under way, or waiting for its turn. It stays until its reply comes even if nobody waits."""
 
-    op: int
-    path: str
+    call: Call[Any]
     tx_id: int
-    payload: bytes
     waiter: Waiter
     deadline: float
     timeout: float
-
-
-@dataclass(slots=True, frozen=True)
-class RetryPolicy:
-    """When to run a transaction again after EAGAIN (Conflict).
-
-    attempts: runs in all, the first included
-    base, cap: seconds; the pause before run n is random within (0, min(cap, base * 2**n)); the second run
-               follows at once, because a conflict is mostly somebody who is done already
-    budget:    seconds after the first run in which another may still begin
-    """
-
-    attempts: int = 40
-    base: float = 0.001
-    cap: float = 0.1
-    budget: float = 30.0
-
-    def pause(self, ended: int, elapsed: float, jitter: float) -> float | None:
-        """Seconds before the next run, after `ended` runs and `elapsed` seconds; None: give up.
-        `jitter` is a random number of [0, 1)."""
-        if ended >= self.attempts or elapsed >= self.budget:
-            return None
-        return 0.0 if ended == 1 else jitter * min(self.cap, self.base * 2.0 ** min(ended, 30))
-
-
-RETRY = RetryPolicy()
-
-
-class Listing:
-    """A list of children that comes in parts (DIRECTORY_PART). `offset` is where to ask on."""
-
-    __slots__ = ("_generation", "_names", "restarts")
-
-    def __init__(self) -> None:
-        self._generation = ""
-        self._names = b""
-        self.restarts = 0
-
-    @property
-    def offset(self) -> int:
-        return len(self._names)
-
-    def add(self, part: tuple[str, bytes]) -> bool:
-        """True when the list is whole. A node that changed meanwhile means: from the start again.
-        PeerError for a list over LISTING_CAP."""
-        generation, chunk = part
-        if self._names and generation != self._generation:
-            self._names = b""
-            self.restarts += 1
-            return False
-        self._generation = generation
-        self._names += chunk
-        if len(self._names) > LISTING_CAP:
-            raise PeerError(f"a list of children over {LISTING_CAP} bytes")
-        if self._names.endswith(b"\0\0") or self._names == b"\0":
-            self._names = self._names[:-1]
-            return True
-        return not chunk
-
-    def names(self) -> list[str]:
-        result: list[str] = CODECS[Op.DIRECTORY].parse_reply(self._names)
-        return result
 
 
 class Session:
@@ -160,14 +123,19 @@ class Session:
 
     peer:  who owes the replies, for DeadlineError
     limit: requests that may be unanswered at a time; more wait here in order, they do not fail
+    max_watches: watches that may be set; one more is refused here, before a quota of the store is met
     """
 
-    __slots__ = ("_last_id", "_last_token", "_parser", "_queue", "_sent", "dead", "limit", "out", "peer",
+    __slots__ = ("_last_id", "_last_token", "_last_transaction", "_misses", "_parser", "_queue", "_sent",
+                 "dead", "limit", "max_watches", "out", "peer",
                  "strays", "transactions", "watches")  # fmt: skip
 
-    def __init__(self, peer: str, limit: int, reply_cap: int = REPLY_CAP) -> None:
+    def __init__(
+        self, peer: str, limit: int, reply_cap: int = REPLY_CAP, max_watches: int | None = None
+    ) -> None:
         self.peer = peer
         self.limit = limit
+        self.max_watches = max_watches
         self.out: list[bytes] = []
         self.watches: dict[int, WatchRecord] = {}
         self.transactions: set[int] = set()
@@ -179,36 +147,43 @@ class Session:
         self._queue: deque[Pending] = deque()
         self._last_id = 0
         self._last_token = 0
+        self._last_transaction = 0
+        self._misses = 0
 
     # ---- requests ----
 
-    def submit(
-        self, op: int, path: str, payload: bytes, tx_id: int, waiter: Waiter, deadline: float, timeout: float
-    ) -> None:
+    def submit(self, call: Call[Any], waiter: Waiter, deadline: float, timeout: float) -> None:
         """A request: sent now (into `out`) or in its turn. `deadline` is a time in the owner's clock,
-        `timeout` the seconds it stands for. On a dead session the waiter fails at once.
-
-        StoreError E2BIG for a payload that the store would hang up on (libxenstore says so too).
-        """
-        if len(payload) > PAYLOAD_MAX:
-            raise StoreError(
-                "E2BIG", op_name(op), path, tx_id, f"{len(payload)} bytes, at most {PAYLOAD_MAX}"
-            )
+        `timeout` the seconds it stands for. On a dead session the waiter fails at once."""
+        pending = Pending(call, call.tx_id, waiter, deadline, timeout)
         if self.dead is not None:
-            waiter.set_exception(self._down(op, path))
+            waiter.set_exception(self._down(pending))
             return
-        if op == _END:
-            self.transactions.discard(tx_id)
-        pending = Pending(op, path, tx_id, payload, waiter, deadline, timeout)
+        if call.op == _END:
+            self.transactions.discard(call.tx_id)
         if len(self._sent) < self.limit and not self._queue:
             self._emit(pending)
         else:
             self._queue.append(pending)
 
-    def post(self, op: Op, *args: object, tx_id: int = 0) -> None:
+    def post(self, call: Call[Any]) -> None:
         """A request whose reply interests nobody; nothing happens on a dead session."""
         if self.dead is None:
-            self.submit(op, "", CODECS[op].request(*args), tx_id, NOBODY, inf, inf)
+            self.submit(call, NOBODY, inf, inf)
+
+    def abort(self, tx_id: int) -> None:
+        """Nobody waits for the end of a transaction that is not committed."""
+        call = calls.end(False)
+        call.tx_id = tx_id
+        self.post(call)
+
+    def disown(self, call: Call[Any], payload: bytes) -> None:
+        """The reply came, but whoever asked is gone: what it made is undone."""
+        if call.op == _START:
+            self.abort(int(call.parse(payload)))
+        elif call.op == _WATCH:
+            path, token = call.payload.split(b"\0", 2)[:2]
+            self.post(Call(_UNWATCH, call.path, path + b"\0" + token + b"\0", _ok))
 
     def _emit(self, pending: Pending) -> None:
         req_id = (self._last_id + 1) & _ID_MASK
@@ -216,7 +191,8 @@ class Session:
             req_id = (req_id + 1) & _ID_MASK
         self._last_id = req_id
         self._sent[req_id] = pending
-        self.out.append(encode(pending.op, req_id, pending.tx_id, pending.payload))
+        call = pending.call
+        self.out.append(encode(call.op, req_id, pending.tx_id, call.payload))
 
     def _emit_queued(self) -> None:
         queue, sent = self._queue, self._sent
@@ -254,16 +230,16 @@ class Session:
                 self.strays += 1
                 log.debug("%s: stray reply %s", self.peer, message)
                 return
-        op = message.op
+        op, call = message.op, pending.call
         try:
-            if op == pending.op:
+            if op == call.op:
                 self._answered(pending, message.payload)
             elif op != _ERROR:
-                raise PeerError(f"{self.peer} answered {op_name(pending.op)} with {op_name(op)}")
+                raise PeerError(f"{self.peer} answered {op_name(call.op)} with {op_name(op)}")
             elif not pending.waiter.done():
                 name = parse_error(message.payload)
-                words = _QUOTAS.get((pending.op, name), "")
-                error = store_error(name, op_name(pending.op), pending.path, pending.tx_id, words)
+                words = _QUOTAS.get((call.op, name), "")
+                error = store_error(name, op_name(call.op), call.path, pending.tx_id, words)
                 pending.waiter.set_exception(error)
         except PeerError as exc:
             # The link goes down for this, and with it whoever is still in `_sent`: not this one any more.
@@ -277,24 +253,22 @@ class Session:
         if message.req_id or message.op not in (_WATCH, _UNWATCH):
             return None
         for req_id, pending in self._sent.items():
-            if pending.op == message.op:
+            if pending.call.op == message.op:
                 return self._sent.pop(req_id)
         return None
 
     def _answered(self, pending: Pending, payload: bytes) -> None:
         late = pending.waiter.done()
-        if pending.op == _START:
+        if pending.call.op == _START:
             tx_id = int(CODECS[_START].parse_reply(payload))
             if not 0 < tx_id <= _ID_MASK:
                 raise PeerError(f"{self.peer} gave {tx_id} as a transaction's id")
-            if late:
-                self.post(Op.TRANSACTION_END, False, tx_id=tx_id)
-            else:
+            self._last_transaction = tx_id
+            if not late:
                 self.transactions.add(tx_id)
-        elif pending.op == _WATCH and late:
-            # Whoever wanted the watch went away while it was being made.
-            self.submit(_UNWATCH, pending.path, _watch_key(pending.payload), 0, NOBODY, inf, inf)
-        if not late:
+        if late:
+            self.disown(pending.call, payload)
+        else:
             pending.waiter.set_result(payload)
 
     def _event(self, payload: bytes) -> None:
@@ -304,8 +278,10 @@ class Session:
         if record is None:
             self.strays += 1
             return
+        kind = record.kind
+        record.kind = Event
         try:
-            record.callback(path.decode("utf-8", "surrogateescape"))
+            record.callback(kind(path.decode("utf-8", "surrogateescape")))
         except Exception:
             log.exception("callback of the watch on %s failed", record.path)
 
@@ -315,6 +291,39 @@ class Session:
         """Never used before on this session: an event of a closed watch cannot reach a new one."""
         self._last_token += 1
         return self._last_token
+
+    def check_budget(self, path: str) -> None:
+        """StoreError E2BIG when `max_watches` are set."""
+        if self.max_watches is not None and len(self.watches) >= self.max_watches:
+            detail = f"this client's own budget of {self.max_watches} watches is used up"
+            raise StoreError("E2BIG", "WATCH", path, detail=detail)
+
+    def forget(self) -> None:
+        """RESET_WATCHES was asked for: no callback from now on."""
+        self.watches.clear()
+        self.transactions.clear()
+
+    # ---- transactions ----
+
+    def foresee(self) -> int:
+        """The id that the next TRANSACTION_START will be answered with, or 0 where that is not known.
+
+        Daemons count them up for each connection. Requests may be sent with it before the answer is there:
+        should it be another, they meet ENOENT, for this id is nobody's. To be sure of that, no other START
+        may be under way, and none of our transactions may have it.
+        """
+        number = (self._last_transaction + 1) & _ID_MASK
+        if self.limit == 1 or self._misses > 1 or number in self.transactions:
+            return 0
+        if any(pending.call.op == _START for pending in (*self._sent.values(), *self._queue)):
+            return 0
+        return number
+
+    def foresaw(self, number: int, tx_id: int) -> bool:
+        """Whether that was right; twice in a row wrong, and nothing is foreseen any more."""
+        if number:
+            self._misses = 0 if number == tx_id else self._misses + 1
+        return number == tx_id
 
     # ---- ends ----
 
@@ -327,30 +336,55 @@ class Session:
             if pending.deadline > now:
                 earliest = min(earliest, pending.deadline)
                 continue
-            what = f"the reply to {op_name(pending.op)} {pending.path}".rstrip()
+            what = f"the reply to {_named(pending)}"
             pending.waiter.set_exception(DeadlineError(what, self.peer, pending.timeout))
         if self._queue:
             # A store that hangs for good must not make us keep what everybody gave up.
             self._queue = deque(pending for pending in self._queue if _wanted(pending))
         return earliest
 
-    def drop_all(self, exc: Exception) -> None:
-        """The link is gone: every waiter gets LinkDown, now, and so does every later request. Once."""
-        if self.dead is not None:
-            return
-        self.dead = exc
+    def drop_all(self, exc: Exception, keep_watches: bool = False) -> None:
+        """The link is gone: every waiter gets LinkDown, now, and so does every later request. Once.
+
+        keep_watches: for `successor`
+        """
+        if self.dead is None:
+            self.dead = exc
         waiting = [*self._sent.values(), *self._queue]
         self._sent.clear()
         self._queue.clear()
         self.out.clear()
-        self.watches.clear()
         self.transactions.clear()
+        if not keep_watches:
+            self.watches.clear()
         for pending in waiting:
             if not pending.waiter.done():
-                pending.waiter.set_exception(self._down(pending.op, pending.path))
+                pending.waiter.set_exception(self._down(pending))
 
-    def _down(self, op: int, path: str) -> LinkDown:
-        error = LinkDown(f"{op_name(op)} {path}: {self.dead}")
+    def successor(self, peer: str, limit: int) -> Session:
+        """A session for the next connection: the same watches, which are to be set again, and no token
+        that was used before."""
+        session = Session(peer, limit, self._parser.limit, self.max_watches)
+        session.watches = self.watches
+        session._last_token = self._last_token
+        self.watches = {}
+        return session
+
+    def watches_again(self) -> list[Call[None]]:
+        """What sets them. The first event of each says that anything below it may have changed."""
+        for record in self.watches.values():
+            record.kind = ResyncEvent
+        return [calls.watch(one.path, one.token, one.depth) for one in self.watches.values()]
+
+    def refused(self, call: Call[None], error: StoreError) -> int:
+        """One of `watches_again` cannot be set: it is none any more. Its token."""
+        token = int(call.payload.split(b"\0", 2)[1])
+        self.watches.pop(token, None)
+        log.error("after reconnecting: %s", error)
+        return token
+
+    def _down(self, pending: Pending) -> LinkDown:
+        error = LinkDown(f"{_named(pending)}: {self.dead}")
         error.__cause__ = self.dead
         return error
 
@@ -366,20 +400,12 @@ class Session:
         }
 
 
+def _named(pending: Pending) -> str:
+    """A request, for people: operation, path, transaction."""
+    name = f"{op_name(pending.call.op)} {pending.call.path}".rstrip()
+    return f"{name} in transaction {pending.tx_id}" if pending.tx_id else name
+
+
 def _wanted(pending: Pending) -> bool:
     """Whether a request that waits for its turn is still to be sent."""
-    return not pending.waiter.done() or pending.op in _SENT_ANYWAY or pending.waiter is NOBODY
-
-
-def _watch_key(payload: bytes) -> bytes:
-    """Path and token, without the depth: what UNWATCH takes."""
-    path, token = payload.split(b"\0", 2)[:2]
-    return path + b"\0" + token + b"\0"
-
-
-def checked(op: Op, path: str) -> str:
-    """`path`, or StoreError EINVAL as the store would say, without asking it."""
-    try:
-        return check_path(path)
-    except UsageError as exc:
-        raise StoreError("EINVAL", op.name, path, detail=str(exc)) from None
+    return not pending.waiter.done() or pending.call.op in _SENT_ANYWAY or pending.waiter is NOBODY

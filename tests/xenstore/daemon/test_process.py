@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import select
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.raw_store import until
+from tests.support.store_process import DEADLINE, daemon_process
 
 from xenbus.errors import StoreError
 from xenbus.hypervisor import broker
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon.__main__ import main
 from xenbus.xenstore.transport.ringpage import RingTransport, Side
-
-DEADLINE = 20.0
-
-
-@contextlib.contextmanager
-def daemon_process(
-    rundir: Path, *arguments: str, pass_fds: tuple[int, ...] = ()
-) -> Iterator[subprocess.Popen]:
-    """A daemon that has said that it is ready; ended by SIGTERM, which it must obey in good order."""
-    ready, theirs = os.pipe()
-    command = [sys.executable, "-m", "xenbus.xenstore.daemon", "--socket", str(rundir / "socket")]
-    process = subprocess.Popen(
-        [*command, "--ready-fd", str(theirs), *arguments],
-        pass_fds=(theirs, *pass_fds),
-        stderr=subprocess.PIPE,
-    )
-    os.close(theirs)
-    try:
-        assert select.select([ready], [], [], DEADLINE)[0], "it never said that it is ready"
-        assert os.read(ready, 100) == b"ready\n", process.stderr.read() if process.stderr else b""
-        assert os.read(ready, 100) == b"", "and then the descriptor is closed"
-        yield process
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    finally:
-        os.close(ready)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +192,3 @@ def test_debian_control(rundir: Path) -> None:
     assert "nodes" in xen(rundir, "xenstore-control", "quota")
     assert "quota" in xen(rundir, "xenstore-control", "help")
     xen(rundir, "xenstore-control", "check")
-
-
-@pytest.mark.slow
-def test_debian_test_xenstore(rundir: Path) -> None:
-    """Xen's own test program: reads, writes, directories, transactions with and without conflicts."""
-    out = xen(rundir, "test-xenstore", "-i", "20")
-    for name in ("read 1", "write 2000", "dir", "rm dir", "ta empty x", "ta rmw x", "ta err"):
-        assert name in out
-    xen(rundir, "test-xenstore", "-r", "2")

@@ -20,8 +20,8 @@ from xenbus.errors import StoreError, UsageError
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon import Daemon
 from xenbus.xenstore.daemon import server as daemon_server
-from xenbus.xenstore.engine import Quotas
-from xenbus.xenstore.wire import Op, encode
+from xenbus.xenstore.engine import Connection, Engine, Quotas
+from xenbus.xenstore.wire import Message, Op, encode
 
 
 @contextlib.asynccontextmanager
@@ -178,6 +178,33 @@ def test_leaving_in_a_transaction_and_with_watches_leaves_nothing(tmp_path: Path
     asyncio.run(run())
 
 
+def test_a_defect_of_ours_costs_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = Engine.handle
+
+    def defect(engine: Engine, conn: Connection, message: Message) -> None:
+        if message.op == Op.MKDIR:
+            raise ZeroDivisionError
+        handle(engine, conn, message)
+
+    monkeypatch.setattr(Engine, "handle", defect)
+
+    async def run() -> None:
+        async with daemon_at(tmp_path / "socket"):
+            client, other = [await RawStore.connect(tmp_path / "socket") for _ in range(2)]
+            await client.send(encode(Op.WRITE, 1, 0, b"/a\x001") + encode(Op.MKDIR, 2, 0, b"/b\0"))
+            await client.send(encode(Op.READ, 3, 0, b"/a\0"))
+            replies = [(one.req_id, one.payload) for one in await client.receive(3)]
+            assert replies == [(1, b"OK\0"), (2, b"EIO\0"), (3, b"1")]
+            assert await other.ask(Op.READ, "/a") == b"1"
+            assert "ZeroDivisionError" in caplog.text and "MKDIR req 2" in caplog.text
+            client.close()
+            other.close()
+
+    asyncio.run(run())
+
+
 def test_events_reach_other_clients(tmp_path: Path) -> None:
     async def run() -> None:
         async with daemon_at(tmp_path / "socket"):
@@ -329,6 +356,21 @@ def test_a_local_connection_has_the_rights_of_its_domain(tmp_path: Path) -> None
         for client in (guest, dom0):
             await client.close()
         await daemon.close()
+
+    asyncio.run(run())
+
+
+def test_a_report_goes_to_a_file_and_never_stops_the_daemon(tmp_path: Path) -> None:
+    async def run() -> None:
+        os.mkfifo(tmp_path / "fifo")
+        async with daemon_at(tmp_path / "socket"):
+            client = await RawStore.connect(tmp_path / "socket")
+            for name in ("fifo", "none/report", "."):
+                assert await client.ask(Op.CONTROL, "memreport", str(tmp_path / name)) == b"!EINVAL"
+            for _ in range(2):
+                assert await client.ask(Op.CONTROL, "memreport", str(tmp_path / "report")) == b"OK\0"
+            assert (tmp_path / "report").read_text().count("domain 0: nodes 5 ") == 2, "it is added to"
+            client.close()
 
     asyncio.run(run())
 

@@ -137,7 +137,9 @@ def test_directory_part_at_its_edges(dom0: Talk) -> None:
     assert dom0.ask(Op.DIRECTORY_PART, "/a", 0)[1] == b"b\0\0"
     assert dom0.ask(Op.DIRECTORY_PART, "/a", 2)[1] == b"\0"
     assert dom0.ask(Op.DIRECTORY_PART, "/a/b", 0)[1] == b"\0"
-    for payload in (b"/a\0", b"/a\0x\0", b"/a\0-1\0", b"/a\x000\x000\0"):
+    assert dom0.ask(Op.DIRECTORY_PART, "/a", "x")[1] == b"b\0\0", "read as atoi does"
+    assert dom0.ask(Op.DIRECTORY_PART, "/a", "-1")[1] == b"\0"
+    for payload in (b"/a\0", b"/a\x000\x000\0"):
         assert dom0.raw_error(Op.DIRECTORY_PART, payload) == "EINVAL"
 
 
@@ -279,7 +281,7 @@ def test_a_guest_cannot_see_another(engine: Engine, dom0: Talk) -> None:
 # ---- paths of a guest ----
 
 
-def test_length_of_a_guests_path(engine: Engine, dom0: Talk) -> None:
+def test_length_of_a_path(engine: Engine, dom0: Talk) -> None:
     quotas = Quotas(memory=0, node_size=0)
     engine.domain(5).quotas = quotas
     five = guest(engine, dom0, 5)
@@ -287,6 +289,10 @@ def test_length_of_a_guests_path(engine: Engine, dom0: Talk) -> None:
     assert five.error(Op.WRITE, name, "") == ""
     assert five.error(Op.WRITE, "/local/domain/5/" + name, "") == ""
     assert five.error(Op.WRITE, name + "x", "") == "EINVAL"
-    assert dom0.error(Op.WRITE, "/" + "y" * 4000, "") == ""
+    # The one limit that domain 0 has, too.
+    assert dom0.error(Op.WRITE, "/" + "y" * 2047, "") == ""
+    assert dom0.error(Op.WRITE, "/local/domain/77/" + "y" * 2048, "") == ""
+    for op in (Op.WRITE, Op.READ, Op.MKDIR, Op.RM, Op.DIRECTORY):
+        assert dom0.error(op, "/" + "y" * 2048, *[""] * (op == Op.WRITE)) == "EINVAL"
     quotas.set("path-max", 10)
     assert five.error(Op.READ, "x" * 11) == "EINVAL"

@@ -15,8 +15,13 @@ from typing import Any, Protocol
 from xenbus.errors import WIRE_ERRORS, HypervisorError, XenbusError
 from xenbus.hypervisor.interface import GNTTAB_RESERVED_XENSTORE, Channel, Hypervisor, Mapping
 from xenbus.xenstore.daemon.session import Session
+from xenbus.xenstore.engine import Connection
+from xenbus.xenstore.state.dump import Held
+from xenbus.xenstore.state.load import Restored, queue
+from xenbus.xenstore.state.records import Ring, RingPosition
 from xenbus.xenstore.transport import Transport
-from xenbus.xenstore.transport.ringpage import ConnectionWord, RingTransport, Side
+from xenbus.xenstore.transport.ringpage import ConnectionWord, RingFault, RingTransport, Side
+from xenbus.xenstore.wire import HEADER_SIZE
 
 _log = logging.getLogger("xenbus.xenstored")
 
@@ -24,15 +29,17 @@ _log = logging.getLogger("xenbus.xenstored")
 class Host(Protocol):
     """What guests need of their daemon."""
 
-    def open_session(self, domid: int, transport: Transport) -> Session: ...
+    def open_session(self, domid: int, transport: Transport, conn: Connection | None = None) -> Session: ...
     def features(self, domid: int) -> int: ...
+    def target(self, domid: int) -> int | None: ...
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None: ...
 
 
 @dataclass(slots=True)
 class _Guest:
-    """What is held for one domain."""
+    """What is held for one domain. port: the guest's own, as INTRODUCE named it."""
 
+    port: int
     mapping: Mapping
     channel: Channel
     transport: RingTransport
@@ -54,8 +61,11 @@ class Guests:
     def __len__(self) -> int:
         return len(self._guests)
 
-    async def introduce(self, domid: int, port: int, done: Callable[[str | None], None]) -> None:
-        """Maps the ring, binds `port`, starts a session; then calls `done`."""
+    async def introduce(
+        self, domid: int, port: int, done: Callable[[str | None], None], *, again: bool = False
+    ) -> None:
+        """Maps the ring, binds `port`, starts a session; then calls `done`. again: where a ring is served
+        already, it goes on, and only the channel is bound anew."""
         if self._hypervisor is None:
             done("ENOSYS")
             return
@@ -65,10 +75,13 @@ class Guests:
         error: str | None = None
         try:
             async with lock:
-                again = self._guests.pop(domid, None)
-                if again is not None:
-                    await self._give_back(again)
-                guest = await self._open(self._hypervisor, domid, port, fresh=again is not None)
+                before = self._guests.pop(domid, None)
+                if before is not None and again:
+                    guest = await self._rebind(self._hypervisor, before, port)
+                else:
+                    if before is not None:
+                        await self._give_back(before)
+                    guest = await self._open(self._hypervisor, domid, port, fresh=before is not None)
                 if epoch != self._epochs.get(domid, 0):
                     await self._give_back(guest)
                     error = "ENOENT"
@@ -83,8 +96,20 @@ class Guests:
         finally:
             self._forget(domid)
         done(error)
-        if error is None:
+        if error is None and guest is not before:
             guest.session.start()
+
+    async def _rebind(self, hypervisor: Hypervisor, guest: _Guest, port: int) -> _Guest:
+        domid = guest.session.conn.domid
+        try:
+            await guest.channel.close()
+            guest.channel = await hypervisor.evtchn.bind_interdomain(domid, port, guest.transport.on_event)
+        except BaseException:
+            await self._give_back(guest)
+            raise
+        guest.transport.notify_by(guest.channel.notify)
+        guest.port = port
+        return guest
 
     def _forget(self, domid: int) -> None:
         self._opening[domid] -= 1
@@ -95,6 +120,21 @@ class Guests:
                 self._locks.pop(domid, None)
 
     async def _open(self, hypervisor: Hypervisor, domid: int, port: int, *, fresh: bool) -> _Guest:
+        mapping, channel, transport = await self._attach(hypervisor, domid, port)
+        page = transport.page
+        page.error = 0
+        if fresh:
+            page.empty()
+        if page.connection:
+            page.connection = ConnectionWord.CONNECTED
+        channel.notify()
+        session = self._host.open_session(domid, transport)
+        return _Guest(port, mapping, channel, transport, session)
+
+    async def _attach(
+        self, hypervisor: Hypervisor, domid: int, port: int
+    ) -> tuple[Mapping, Channel, RingTransport]:
+        """The ring as it stands, with our feature bits."""
         mapping = await hypervisor.gntdev.map(domid, [GNTTAB_RESERVED_XENSTORE])
         ring: list[RingTransport] = []
 
@@ -107,17 +147,21 @@ class Guests:
         except BaseException:
             await hypervisor.gntdev.unmap(mapping)
             raise
-        transport = RingTransport(mapping.view, channel.notify, Side.DAEMON, f"domain {domid}")
+        transport = RingTransport(
+            mapping.view,
+            channel.notify,
+            Side.DAEMON,
+            f"domain {domid}",
+            on_reconnect=lambda: self._begin_anew(domid),
+        )
         ring.append(transport)
-        page = transport.page
-        page.features = self._host.features(domid)
-        page.error = 0
-        if fresh:
-            page.empty()
-        if page.connection:
-            page.connection = ConnectionWord.CONNECTED
-        channel.notify()
-        return _Guest(mapping, channel, transport, self._host.open_session(domid, transport))
+        transport.page.features = self._host.features(domid)
+        return mapping, channel, transport
+
+    def _begin_anew(self, domid: int) -> None:
+        guest = self._guests.get(domid)
+        if guest is not None:
+            guest.session.reset()
 
     async def _give_back(self, guest: _Guest) -> None:
         assert self._hypervisor is not None
@@ -146,8 +190,102 @@ class Guests:
         finally:
             self._forget(domid)
 
+    # ---- saved, and served again ----
+
+    def held(self, domid: int) -> Held | None:
+        """What is under way on a domain's ring; None if it has none that works."""
+        guest = self._guests.get(domid)
+        if guest is None or guest.session.closed:
+            return None
+        session = guest.session
+        unsent, partial = session.unsent
+        return Held(
+            session.conn, Ring(domid, self._host.target(domid), guest.port), session.inbound, unsent, partial
+        )
+
+    def all_held(self) -> list[Held]:
+        return [held for held in map(self.held, self._guests) if held is not None]
+
+    def position(self, domid: int) -> RingPosition | None:
+        guest = self._guests.get(domid)
+        if guest is None or guest.transport.page.released:
+            return None
+        return RingPosition(domid, *guest.transport.page.indices)
+
+    async def go_on(self, restored: Restored, position: RingPosition | None) -> None:
+        """Open the ring of a domain that another process served, as it stands; `carry_on` begins to serve it.
+        HypervisorError if it cannot be mapped or bound (any more). position: where the ring stood when the
+        connection was written down, if it may have moved since."""
+        data = restored.data
+        assert self._hypervisor is not None and isinstance(data.spec, Ring)
+        domid, port = data.spec.domid, data.spec.evtchn
+        mapping, channel, transport = await self._attach(self._hypervisor, domid, port)
+        session = self._host.open_session(domid, transport, restored.conn)
+        self._guests[domid] = _Guest(port, mapping, channel, transport, session)
+        if transport.page.error:
+            session.close()  # it was stopped, and knows
+            return
+        outbound, partial = data.outbound, data.partial
+        if position is not None:
+            req_cons, rsp_prod = transport.page.indices
+            if data.inbound and req_cons != position.req_cons:
+                session.stop(RingFault.COMM, None)
+                _log.warning("domain %d: a part of a request is lost with the daemon that read it", domid)
+                return
+            outbound, partial = _after(outbound, partial, (rsp_prod - position.rsp_prod) & 0xFFFF_FFFF)
+            restored.conn.drop_queue()
+            queue(restored.conn, outbound, partial)
+        session.prepare(data.inbound, outbound[:partial])
+
+    async def park(self) -> None:
+        """Rings and channels are given back as they stand; sessions keep what is under way. Before another
+        process goes on with them; `unpark` if none does."""
+        assert self._hypervisor is not None or not self._guests
+        for guest in self._guests.values():
+            guest.session.hold()
+            guest.transport.detach()
+        for guest in list(self._guests.values()):
+            with suppress(XenbusError, OSError):
+                await guest.channel.close()
+            with suppress(XenbusError, OSError):
+                await self._hypervisor.gntdev.unmap(guest.mapping)  # type: ignore[union-attr]
+
+    def carry_on(self) -> None:
+        """Serve those that `go_on` opened."""
+        for guest in self._guests.values():
+            if guest.session.held:
+                guest.session.carry_on(guest.transport)
+                guest.channel.notify()
+
+    async def unpark(self) -> None:
+        """What `park` gave back is taken again."""
+        for domid, guest in list(self._guests.items()):
+            assert self._hypervisor is not None
+            if guest.session.closed:
+                continue
+            try:
+                found = await self._attach(self._hypervisor, domid, guest.port)
+            except (XenbusError, OSError) as exc:
+                _log.warning("domain %d is not served any more: %s", domid, exc)
+                guest.session.close()
+                continue
+            guest.mapping, guest.channel, guest.transport = found
+            guest.session.carry_on(guest.transport)
+            guest.channel.notify()
+
     async def close(self) -> None:
         """Every ring is given back."""
         guests, self._guests = self._guests, {}
         for guest in guests.values():
             await self._give_back(guest)
+
+
+def _after(outbound: bytes, partial: int, pushed: int) -> tuple[bytes, int]:
+    """What is left of `outbound` when the ring has `pushed` bytes more, and how much of it is the rest of a
+    message. More than there was: answers to what came later, and nothing is left."""
+    if pushed >= len(outbound):
+        return b"", 0
+    begin = partial
+    while begin < pushed:
+        begin += HEADER_SIZE + int.from_bytes(outbound[begin + 12 : begin + 16], "little")
+    return outbound[pushed:], begin - pushed

@@ -15,6 +15,7 @@ from xenbus.xenstore.engine.connection import (
 )
 from xenbus.xenstore.engine.dispatch import Hooks
 from xenbus.xenstore.engine.engine import Engine
+from xenbus.xenstore.engine.profiles import OXENSTORED, PROFILES, XENSTORED, Profile, profile_of
 from xenbus.xenstore.engine.quotas import QUOTAS, Quotas
 
 __all__ = [
@@ -23,11 +24,16 @@ __all__ = [
     "FEATURE_ERROR",
     "FEATURE_RECONNECTION",
     "FEATURE_WATCHDEPTH",
+    "OXENSTORED",
+    "PROFILES",
     "QUEUE_LIMIT",
     "QUOTAS",
+    "XENSTORED",
     "Connection",
     "Domain",
     "Engine",
     "Hooks",
+    "Profile",
     "Quotas",
+    "profile_of",
 ]

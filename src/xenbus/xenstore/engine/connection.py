@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xenbus.xenstore.engine.quotas import Quotas
 from xenbus.xenstore.wire import DOMID_ANY, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.dispatch import Handler
-    from xenbus.xenstore.engine.transactions import Transaction
     from xenbus.xenstore.engine.watches import Watch
 
 # xs_wire.h
@@ -42,6 +41,7 @@ class Domain:
         "maxima",
         "memory",
         "nodes",
+        "paused",
         "quotas",
         "shutdown",
         "target",
@@ -55,6 +55,8 @@ class Domain:
         self.features = FEATURES
         self.introduced = False
         self.shutdown = False
+        # Its requests wait (oxenstored: it made too many transactions fail).
+        self.paused = False
         self.target: int | None = None
         self.connections: set[Connection] = set()
         self.nodes = 0
@@ -132,7 +134,8 @@ class Connection:
         self.overflow = False
         self.queue_limit = queue_limit
         self.closed = False
-        self.transactions: dict[int, Transaction] = {}
+        # As the profile has them (OpenTransaction, and more).
+        self.transactions: dict[int, Any] = {}
         self.next_tx = 1
         # In order of registration; (path, token) names a watch.
         self.watches: dict[tuple[bytes, bytes], Watch] = {}
@@ -145,7 +148,9 @@ class Connection:
             return True
         quotas, domain = self.domain.quotas, self.domain
         return not (
-            0 < quotas.outstanding <= self.outstanding or 0 < quotas.memory <= domain.memory - self.queued
+            domain.paused
+            or 0 < quotas.outstanding <= self.outstanding
+            or 0 < quotas.memory <= domain.memory - self.queued
         )
 
     @property

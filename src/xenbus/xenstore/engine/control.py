@@ -14,6 +14,7 @@ from xenbus.xenstore.engine.dispatch import Fail, Handler, words_of
 from xenbus.xenstore.engine.quotas import QUOTAS
 from xenbus.xenstore.engine.transactions import Transaction
 from xenbus.xenstore.engine.tree import child_path, parent_of
+from xenbus.xenstore.engine.update import live_update
 from xenbus.xenstore.wire import Message, Op
 
 if TYPE_CHECKING:
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 
 LOG_SWITCHES = ("io", "quota")
 _SOFT = "soft-"
+LIVE_UPDATE = "live-update"
 
 
 def _check(engine: Engine, words: list[str]) -> str:
     if words:
         raise Fail("EINVAL")
     wrong = inconsistencies(engine)
+    if engine.hooks is not None:
+        wrong += engine.hooks.trouble()
     return "OK" if not wrong else "\n".join(wrong[:20])
 
 
@@ -65,7 +69,7 @@ def _memreport(engine: Engine, words: list[str]) -> str:
     if not words:
         return report[:4000]
     if engine.hooks is None or not engine.hooks.write_report(words[0], report):
-        raise Fail("EIO")
+        raise Fail("EINVAL")
     return "OK"
 
 
@@ -75,6 +79,11 @@ def _print(engine: Engine, words: list[str]) -> str:
     if engine.hooks is not None:
         engine.hooks.log(f"control: {words[0]}")
     return "OK"
+
+
+def _is_number(word: str) -> bool:
+    """Decimal digits: of ASCII, which str.isdigit alone does not say, and not thousands of them."""
+    return word.isascii() and word.isdigit() and len(word) <= 20
 
 
 def _usage(engine: Engine, domid: int) -> dict[str, int]:
@@ -91,9 +100,11 @@ def _usage(engine: Engine, domid: int) -> dict[str, int]:
 
 
 def _quota_set(engine: Engine, words: list[str], prefix: str) -> str:
-    if len(words) != 2 or not words[1].isdigit() or not int(words[1]):
+    if len(words) != 2 or not _is_number(words[1]) or not int(words[1]):
         raise Fail("EINVAL")
     name, value = prefix + words[0], int(words[1])
+    if name == "permissions":
+        name = "node-permissions"  # what it is called in 4.17
     try:
         engine.quotas.set(name, value)
     except UsageError:
@@ -120,9 +131,9 @@ def _quota(engine: Engine, words: list[str]) -> str:
         return _quota_set(engine, words[1:], "")
     if words[0] == "max":
         return _quota_max(engine, words[1:])
-    if len(words) != 1 or not words[0].isdigit():
+    if len(words) != 1 or not _is_number(words[0]):
         raise Fail("EINVAL")
-    rows = (f"{name:<17}: {value:8d}\n" for name, value in _usage(engine, int(words[0])).items())
+    rows = (f"{name:<16}: {value:8d}\n" for name, value in _usage(engine, int(words[0])).items())
     return f"Domain {int(words[0])}:\n" + "".join(rows)
 
 
@@ -147,11 +158,6 @@ def _quota_soft(engine: Engine, words: list[str]) -> str:
     return _quota_set(engine, words[1:], _SOFT)
 
 
-def _live_update(engine: Engine, words: list[str]) -> str:
-    # The protocol answers text that is not OK when it did not happen.
-    return "live update is not possible with this daemon"
-
-
 def _help(engine: Engine, words: list[str]) -> str:
     if words:
         raise Fail("EINVAL")
@@ -161,7 +167,7 @@ def _help(engine: Engine, words: list[str]) -> str:
 _COMMANDS: dict[str, tuple[Callable[[Engine, list[str]], str], str]] = {
     "check": (_check, ""),
     "log": (_log, "[on|off|+<switch>|-<switch>]"),
-    "live-update": (_live_update, "answers that it is not possible"),
+    LIVE_UPDATE: (_help, "[-c <cmdline>] [-F] [-t <timeout>] <file>"),
     "memreport": (_memreport, "[<file>]"),
     "print": (_print, "<string>"),
     "quota": (_quota, "[set <name> <val>|<domid>|max [-r]]"),
@@ -170,10 +176,13 @@ _COMMANDS: dict[str, tuple[Callable[[Engine, list[str]], str], str]] = {
 }
 
 
-def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
+def control(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
     words = [word.decode("utf-8", "replace") for word in words_of(message.payload)]
     if not words or words[0] not in _COMMANDS:
         raise Fail("EINVAL")
+    if words[0] == LIVE_UPDATE:
+        answer = live_update(engine, conn, message, words[1:])
+        return None if answer is None else answer.encode() + b"\0"
     function, _ = _COMMANDS[words[0]]
     return function(engine, words[1:]).encode() + b"\0"
 
@@ -184,7 +193,8 @@ HANDLERS: dict[int, Handler] = {Op.CONTROL: control}
 def inconsistencies(engine: Engine) -> list[str]:
     """What does not add up: children without nodes, nodes without parents, counts, stale owners."""
     wrong: list[str] = []
-    counts: dict[int, int] = {}
+    # oxenstored does not count the root.
+    counts: dict[int, int] = {} if engine.profile.accounting else {0: -1}
     children = 0
     for path, node in engine.nodes.items():
         counts[node.owner] = counts.get(node.owner, 0) + 1
@@ -217,7 +227,9 @@ def inconsistencies(engine: Engine) -> list[str]:
 
 
 def _memory(engine: Engine, domid: int) -> int:
-    total = sum(len(path) + node.size for path, node in engine.nodes.items() if node.owner == domid)
+    total = 0
+    if engine.profile.accounting:
+        total = sum(len(path) + node.size for path, node in engine.nodes.items() if node.owner == domid)
     for conn in engine.domains[domid].connections:
         total += sum(len(watch.path) + len(watch.token) for watch in conn.watches.values())
         total += sum(tx.memory for tx in conn.transactions.values())

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xenbus.xenstore.wire import Message
 
 if TYPE_CHECKING:
-    from xenbus.xenstore.engine.connection import Connection
+    from xenbus.xenstore.engine.connection import Connection, Domain
     from xenbus.xenstore.engine.engine import Engine
-    from xenbus.xenstore.engine.transactions import Transaction
+    from xenbus.xenstore.engine.update import LiveUpdate
 
-# Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE).
-Handler = Callable[["Engine", "Connection", Message, "Transaction | None"], bytes | None]
+# Gives the payload of the reply; None if the reply was queued already, or will be (INTRODUCE). The last
+# argument is the transaction or None: each profile has a class of its own for it.
+Handler = Callable[["Engine", "Connection", Message, Any], bytes | None]
+
+
+class OpenTransaction(Protocol):
+    """What the engine itself knows of a transaction. `memory`: bytes that its domain is charged for it."""
+
+    tx_id: int
+    domain: Domain
+    memory: int
+
+    def release(self) -> None:
+        """It is over. Once."""
+        ...
 
 
 class Fail(Exception):
@@ -32,12 +46,36 @@ class Hooks(Protocol):
         `done` once: with None, or with the errno name of what went wrong."""
         ...
 
+    def rebind(self, domid: int, port: int, done: Callable[[str | None], None]) -> None:
+        """As `introduce`, of a domain whose ring is served: only its channel is bound anew."""
+        ...
+
     def release(self, domid: int) -> None:
         """The domain is no longer served: its ring and channel are given back."""
         ...
 
     def domain_exists(self, domid: int) -> bool:
         """Whether a domain that was never introduced may own nodes and be named in permissions."""
+        ...
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call it once, outside any request; then serve those that have to wait no longer."""
+        ...
+
+    def update_problem(self, file: str) -> str:
+        """CONTROL live-update: why this cannot be the next program; "" if it may be."""
+        ...
+
+    def live_update(self, update: LiveUpdate, message: Message, failed: Callable[[str], None]) -> None:
+        """Become that program, which answers `message` with OK; or call `failed` with the reason."""
+        ...
+
+    def cancel_update(self) -> None:
+        """Call off what `live_update` began; `failed` is called then."""
+        ...
+
+    def trouble(self) -> list[str]:
+        """CONTROL check: what is wrong outside of the engine, in words."""
         ...
 
     def log(self, text: str) -> None:
@@ -69,6 +107,13 @@ def number_of(word: bytes, highest: int = 0xFFFF_FFFF) -> int:
     if value > highest:
         raise Fail("EINVAL")
     return value
+
+
+def atoi(word: bytes) -> int:
+    """What C's atoi makes of a word: 0 of one that is no number, and what follows the digits is not looked
+    at. For the numbers that every xenstored reads like that; the others are strict here."""
+    found = re.match(rb"\s*([-+]?[0-9]{1,19})", word)
+    return int(found[1]) if found else 0
 
 
 def domid_of(word: bytes) -> int:

@@ -13,7 +13,7 @@ from xenbus.xenstore.engine.connection import FEATURES, Connection, Domain
 from xenbus.xenstore.engine.dispatch import Fail, Handler, domid_of, number_of, one_word, words_of
 from xenbus.xenstore.engine.quotas import QUOTAS
 from xenbus.xenstore.engine.transactions import Transaction
-from xenbus.xenstore.engine.tree import Perms
+from xenbus.xenstore.engine.tree import IGNORED, Node, Perms, child_path, parent_of
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -22,8 +22,20 @@ if TYPE_CHECKING:
 # xen/include/public/xen.h
 DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
-_SPECIAL = (b"@introduceDomain", b"@releaseDomain")
+INTRODUCE_DOMAIN = b"@introduceDomain"
+RELEASE_DOMAIN = b"@releaseDomain"
+_SPECIAL = (INTRODUCE_DOMAIN, RELEASE_DOMAIN)
 _NOBODY: Perms = ((0, 0),)
+
+
+def plant(engine: Engine) -> None:
+    """What xenstored starts with (setup_structure)."""
+    for path in (b"/", b"/tool", b"/tool/xenstored", *_SPECIAL):
+        engine.put(None, path, Node(b"", _NOBODY, 0))
+        if path[:1] == b"/" and path != b"/":
+            name = path[path.rindex(b"/") + 1 :]
+            engine.nodes[parent_of(path)].add_child(name)
+            engine.domain(0).memory += len(name) + 1
 
 
 def introduce(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes | None:
@@ -100,45 +112,104 @@ def set_target(engine: Engine, conn: Connection, message: Message, tx: Transacti
     return OK
 
 
+def introduced(engine: Engine, domid: int) -> None:
+    domain = engine.domain(domid)
+    if not domain.introduced:
+        domain.introduced = True
+        domain.shutdown = False
+        engine.fire_special(INTRODUCE_DOMAIN, domid)
+
+
+def shutdown(engine: Engine, domid: int) -> None:
+    """@releaseDomain, once until RESUME."""
+    domain = engine.domains.get(domid)
+    if domain is not None and domain.introduced and not domain.shutdown:
+        domain.shutdown = True
+        engine.fire_special(RELEASE_DOMAIN, domid)
+
+
+def died(engine: Engine, domid: int) -> None:
+    if not domid:
+        return
+    domain = engine.domains.pop(domid, None)
+    if domain is None:
+        # It may be named all the same, in permissions that a guest has set.
+        forget(engine, domid)
+        return
+    for conn in list(domain.connections):
+        engine.disconnect(conn)
+    for other in engine.domains.values():
+        if other.target == domid:
+            engine.set_target(other, None)
+    forget(engine, domid)
+    engine.domains.pop(domid, None)
+    if domain.introduced:
+        engine.fire_special(RELEASE_DOMAIN, domid)
+
+
 def forget(engine: Engine, domid: int) -> None:
-    """Nothing of a dead domain stays: its nodes go with their children, its entries leave other lists
-    (domain_tree_remove)."""
-    verdicts: dict[Perms, int] = {}
-    owned: list[bytes] = []
-    listed: list[bytes] = []
+    """A dead domain's nodes go with all below them (domain_tree_remove), and its entries in other nodes'
+    lists are there to be seen only, so that the next one of that number does not inherit them
+    (domain_adjust_node_perms). A node does not change by that: its generation stays."""
+    for name in _SPECIAL:
+        _forget_special(engine, name, domid)
+    # Most nodes share few lists.
+    ignored: dict[Perms, Perms] = {}
+    owned: set[bytes] = set()
     for path, node in engine.nodes.items():
         perms = node.perms
-        verdict = verdicts.get(perms)
-        if verdict is None:
-            verdict = _verdict(perms, domid)
-            verdicts[perms] = verdict
-        if verdict == 2:
-            owned.append(path)
-        elif verdict:
-            listed.append(path)
-    for path in listed:
-        node = engine.nodes[path]
-        kept = tuple(entry for entry in node.perms if entry[1] != domid)
-        nodes.set_node_perms(engine, None, path, node, kept)
+        new = ignored.get(perms)
+        if new is None:
+            new = ignored[perms] = _without(perms, domid)
+        if new is not perms:
+            node.perms = new
+            engine.noted(path)
+        if perms[0][1] == domid:
+            owned.add(path)
     for domain in engine.domains.values():
         for conn in domain.connections:
             for tx in conn.transactions.values():
-                tx.stale = tx.stale or tx.names(domid)
-    owned.sort(key=len)
+                for node in tx.written():
+                    node.perms = _without(node.perms, domid)
+    if b"/" in owned:
+        # xenstored would lose everything.
+        owned.remove(b"/")
+        nodes.set_node_perms(engine, None, b"/", engine.nodes[b"/"], _NOBODY)
+    for path in _in_order(engine, owned):
+        nodes.remove_tree(engine, None, None, path)
+
+
+def _without(perms: Perms, domid: int) -> Perms:
+    """The same object if there is no entry for that domain behind the first."""
+    if all(entry[1] != domid for entry in perms[1:]):
+        return perms
+    rest = ((access | IGNORED if one == domid else access, one) for access, one in perms[1:])
+    return (perms[0], *rest)
+
+
+def _forget_special(engine: Engine, name: bytes, domid: int) -> None:
+    node = engine.nodes[name]
+    (access, owner), *rest = node.perms
+    if any(one == domid for _, one in node.perms):
+        perms = ((access, 0 if owner == domid else owner), *(entry for entry in rest if entry[1] != domid))
+        nodes.set_node_perms(engine, None, name, node, perms)
+
+
+def _in_order(engine: Engine, owned: set[bytes]) -> list[bytes]:
+    """The topmost of these nodes, as one comes by them who walks the tree: events come in that order."""
+    above: set[bytes] = set()
     for path in owned:
-        node_left = engine.nodes.get(path)
-        if node_left is None:
-            continue
-        if path in _SPECIAL or path == b"/":
-            nodes.set_node_perms(engine, None, path, node_left, _NOBODY)
-        else:
-            nodes.remove_tree(engine, None, None, path)
-
-
-def _verdict(perms: Perms, domid: int) -> int:
-    if perms[0][1] == domid:
-        return 2
-    return int(any(entry[1] == domid for entry in perms))
+        while (path := parent_of(path)) not in above:
+            above.add(path)
+    found: list[bytes] = []
+    stack = [b"/"]
+    while stack:
+        path = stack.pop()
+        if path in owned:
+            found.append(path)
+        elif path in above:
+            stack += [child_path(path, name) for name in reversed(engine.nodes[path].children or {})]
+    return found
 
 
 # ---- features and quotas ----

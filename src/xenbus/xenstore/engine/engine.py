@@ -7,14 +7,17 @@ use the primitives below. No clock, no I/O: a daemon moves bytes and does what `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from xenbus.xenstore.engine import control, domains, nodes, sessions
-from xenbus.xenstore.engine.connection import FEATURES, QUEUE_LIMIT, Cause, Connection, Domain
-from xenbus.xenstore.engine.dispatch import Fail, Handler, Hooks
+from xenbus.xenstore.engine import control, sessions
+from xenbus.xenstore.engine.connection import QUEUE_LIMIT, Cause, Connection, Domain
+from xenbus.xenstore.engine.dispatch import Fail, Hooks, OpenTransaction
+from xenbus.xenstore.engine.profiles import XENSTORED, Profile
 from xenbus.xenstore.engine.quotas import Quotas
-from xenbus.xenstore.engine.transactions import Entry, Transaction
+from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Entry, Transaction
 from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
-from xenbus.xenstore.engine.watches import Watch, WatchIndex
+from xenbus.xenstore.engine.update import LiveUpdate
+from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
 
 _pack = HEADER.pack
@@ -22,76 +25,47 @@ _ERROR = int(Op.ERROR)
 _EVENT = int(Op.WATCH_EVENT)
 # A transaction id in their header is not looked at (XS_FLAG_NOTID).
 _IGNORES_TX = frozenset({int(Op.WATCH), int(Op.UNWATCH)})
-INTRODUCE_DOMAIN = b"@introduceDomain"
-RELEASE_DOMAIN = b"@releaseDomain"
 DOMID_FIRST_RESERVED = 0x7FF0
 
 
-def _unknown(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    raise Fail("ENOSYS")
-
-
-def _refused(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    raise Fail("EACCES")
-
-
-def _tables() -> tuple[list[Handler], list[Handler]]:
-    """Handlers by operation number: dom0's, and a guest's."""
-    dom0: list[Handler] = [_unknown] * (max(Op) + 1)
-    guest: list[Handler] = [_unknown] * (max(Op) + 1)
-    for room in (nodes, sessions, domains, control):
-        for op, handler in room.HANDLERS.items():
-            dom0[op] = guest[op] = handler
-    for op in domains.DOM0_ONLY:
-        guest[op] = _refused
-    return dom0, guest
-
-
-# What is refused is refused whatever transaction it names.
-_ALWAYS_FAIL = (_unknown, _refused)
-_DOM0_TABLE, _GUEST_TABLE = _tables()
-_OPS = len(_DOM0_TABLE)
+_OPS = max(Op) + 1
 
 
 class Engine:
     """The XenStore.
 
-    quotas: of a domain that has none of its own (SET_QUOTA without a domid changes them)
-    hooks:  side effects; None: INTRODUCE and RELEASE are book-keeping alone
-    nodes:  absolute path -> Node; read it, change nothing
+    quotas:  of a domain that has none of its own (SET_QUOTA without a domid changes them)
+    hooks:   side effects; None: INTRODUCE and RELEASE are book-keeping alone
+    profile: which daemon it is like
+    nodes:   absolute path -> Node; read it, change nothing
+    beside:  what the profile keeps beside the tree
     """
 
-    def __init__(self, quotas: Quotas | None = None, hooks: Hooks | None = None) -> None:
-        self.quotas = quotas or Quotas()
+    def __init__(
+        self, quotas: Quotas | None = None, hooks: Hooks | None = None, profile: Profile = XENSTORED
+    ) -> None:
+        self.profile = profile
+        self.quotas = quotas or profile.quotas()
         self.hooks = hooks
         self.generation = 0
         self.nodes: dict[bytes, Node] = {}
         self.domains: dict[int, Domain] = {}
-        self.watches = WatchIndex()
+        self.watches = profile.watches()
         self.maxima: dict[str, int] = {}
         self.log_switches: dict[str, bool] = dict.fromkeys(control.LOG_SWITCHES, False)
         self.logging = False
-        self._dirty: set[Connection] = set()
+        self.update: LiveUpdate | None = None
+        self.dirty: set[Connection] = set()
         self._current: Connection | None = None
-        self._plant()
-
-    def _plant(self) -> None:
-        """What xenstored starts with (setup_structure)."""
         self.domain(0).introduced = True
-        nobody: Perms = ((0, 0),)
-        for path in (b"/", b"/tool", b"/tool/xenstored", INTRODUCE_DOMAIN, RELEASE_DOMAIN):
-            self.put(None, path, Node(b"", nobody, 0))
-            if path[:1] == b"/" and path != b"/":
-                name = path[path.rindex(b"/") + 1 :]
-                self.nodes[parent_of(path)].add_child(name)
-                self.domain(0).memory += len(name) + 1
+        self.beside: Any = profile.plant(self)
 
     # ---- connections ----
 
     def connect(self, domid: int, *, queue_limit: int = QUEUE_LIMIT) -> Connection:
         """A client that speaks for `domid`; the caller knows that it may."""
-        domain = self.domain(domid)
-        conn = Connection(domain, _GUEST_TABLE if domid else _DOM0_TABLE, queue_limit)
+        domain, profile = self.domain(domid), self.profile
+        conn = Connection(domain, profile.guest if domid else profile.dom0, queue_limit)
         domain.connections.add(conn)
         self._set_ids(domain)
         return conn
@@ -103,7 +77,7 @@ class Engine:
         self.reset(conn)
         conn.closed = True
         conn.domain.connections.discard(conn)
-        self._dirty.discard(conn)
+        self.dirty.discard(conn)
 
     def reset(self, conn: Connection) -> None:
         """As if it had just connected: no watch, no transaction, nothing queued."""
@@ -119,7 +93,7 @@ class Engine:
 
     def take_dirty(self) -> set[Connection]:
         """Connections that got something queued outside their own request, since the last call."""
-        dirty, self._dirty = self._dirty, set()
+        dirty, self.dirty = self.dirty, set()
         return dirty
 
     # ---- requests ----
@@ -128,12 +102,12 @@ class Engine:
         """One request. Its reply and events are on `conn.out`, events for others on theirs (take_dirty)."""
         op = message.op
         try:
-            handler = conn.table[op] if op < _OPS else _unknown
+            handler = conn.table[op] if op < _OPS else self.profile.unknown
             tx_id = message.tx_id
             if tx_id and op not in _IGNORES_TX:
                 tx = conn.transactions.get(tx_id)
-                if tx is None and handler not in _ALWAYS_FAIL:
-                    raise Fail("ENOENT")
+                if tx is None and handler not in self.profile.always_fail:
+                    raise Fail(self.profile.no_transaction)
             else:
                 tx = None
             self._current = conn
@@ -141,7 +115,7 @@ class Engine:
             if payload is None:
                 return
             length = len(payload)
-            if length > PAYLOAD_MAX:
+            if length > PAYLOAD_MAX and (conn.guest or not self.profile.long_replies):
                 raise Fail("E2BIG")
             if self.logging:
                 self._trace(conn, message, "OK")
@@ -161,7 +135,7 @@ class Engine:
         """Queue the reply to `message` now."""
         if not conn.closed:
             conn.put_reply(_pack(message.op, message.req_id, message.tx_id, len(payload)) + payload)
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     def fail(self, conn: Connection, message: Message, name: str) -> None:
         """Queue an ERROR as the reply to `message`."""
@@ -170,7 +144,7 @@ class Engine:
         if not conn.closed:
             payload = name.encode() + b"\0"
             conn.put_reply(_pack(_ERROR, message.req_id, message.tx_id, len(payload)) + payload)
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     def _trace(self, conn: Connection, message: Message, result: str) -> None:
         if self.hooks is not None and self.log_switches["io"]:
@@ -185,10 +159,14 @@ class Engine:
             return self.nodes.get(path)
         entry = tx.accessed.get(path)
         if entry is None:
-            limit = tx.domain.quotas.transaction_nodes
-            if tx.domain.domid and limit and len(tx.accessed) >= limit:
-                tx.failed = True
-                raise Fail("ENOSPC")
+            domain = tx.domain
+            if domain.domid:
+                limit = domain.quotas.transaction_nodes
+                if limit and len(tx.accessed) >= limit:
+                    tx.failed = True
+                    raise Fail("ENOSPC")
+                # The name of a node that is not there is kept here alone.
+                self._hold(tx, len(path))
             entry = tx.accessed[path] = Entry(self.nodes.get(path))
         return entry.node
 
@@ -221,7 +199,6 @@ class Engine:
             entry = tx.accessed[path]
             entry.node = node
             entry.modified = True
-            tx.created = True
             tx.count(node.perms[0][1], 1)
 
     def remove(self, tx: Transaction | None, path: bytes, node: Node) -> None:
@@ -238,6 +215,9 @@ class Engine:
             entry.modified = True
             tx.count(node.perms[0][1], -1)
 
+    def noted(self, path: bytes, *, made: bool = False, gone: bool = False) -> None:
+        """A profile changed a node of the tree by itself: for an engine that keeps a journal."""
+
     def _hold(self, tx: Transaction, size: int) -> None:
         """Memory of an open transaction is its owner's, until the end. One that cannot have it only fails."""
         domain = tx.domain
@@ -251,6 +231,13 @@ class Engine:
         """The node and all below, children before parents, siblings in order."""
         found: list[tuple[bytes, Node]] = []
         stack = [path]
+        if tx is not None:
+            # Looked at as walk_node_tree does, parents first: events come out in that order.
+            while stack:
+                node = self.lookup(tx, here := stack.pop())
+                if node is not None and node.children:
+                    stack += [child_path(here, name) for name in reversed(node.children)]
+            stack = [path]
         while stack:
             here = stack.pop()
             node = self.lookup(tx, here)
@@ -264,12 +251,38 @@ class Engine:
 
     # ---- transactions ----
 
-    def end_transaction(self, conn: Connection, tx: Transaction) -> None:
+    def end_transaction(self, conn: Connection, tx: OpenTransaction) -> None:
         """It is over, one way or the other; nothing is written."""
         del conn.transactions[tx.tx_id]
         conn.domain.transactions -= 1
         tx.domain.memory -= tx.memory
         tx.release()
+
+    def commit(self, source: Connection, tx: Transaction) -> None:
+        """What it wrote becomes the store's, and is told. The caller has checked that it may. One by one: who
+        may hear of a node is judged by the tree as it is at that moment (finalize_transaction)."""
+        for path, entry in tx.accessed.items():
+            if entry.modified:
+                self._commit(path, entry)
+            if entry.fire != FIRE_NOT:
+                perms = None if entry.node is None else entry.node.perms
+                self.fire(source, path, perms, entry.perms, exact=entry.fire == FIRE_EXACT)
+        for domid, delta in tx.nodes.items():
+            self.domain(domid).nodes += delta
+
+    def _commit(self, path: bytes, entry: Entry) -> None:
+        base, node = entry.base, entry.node
+        if base is not None:
+            self.domain(base.perms[0][1]).memory -= len(path) + base.size
+        if node is None:
+            if base is not None:
+                self.generation += 1
+                del self.nodes[path]
+            return
+        self.generation += 1
+        node.generation = self.generation
+        self.nodes[path] = node
+        self.domain(node.perms[0][1]).memory += len(path) + node.size
 
     # ---- events ----
 
@@ -314,13 +327,19 @@ class Engine:
         for watch, path in self.watches.special(name, domid):
             if not (plain if path == name else named):
                 continue
-            if watch.conn.guest and not self._may_hear(watch.conn, name, perms, None):
+            if watch.conn.guest and not access_of(perms, watch.conn.ids) & READ:
                 continue
             self._send_event(None, watch.conn, path, watch.token, False)
 
     def first_event(self, conn: Connection, path: bytes, token: bytes) -> None:
         """A watch fires once when it is set, whatever may be read."""
         self._send_event(None, conn, path, token, path[:1] != b"@")
+
+    def queue_event(self, conn: Connection, data: bytes) -> None:
+        """An encoded event, queued whatever waits already."""
+        if not conn.overflow:
+            conn.put_event(data, None, once=False)
+            self.dirty.add(conn)
 
     def _send_event(
         self, source: Connection | None, conn: Connection, path: bytes, token: bytes, once: bool
@@ -335,7 +354,7 @@ class Engine:
                 cause = source.cause = Cause(source)
         conn.put_event(_pack(_EVENT, 0, 0, length) + path + b"\0" + token + b"\0", cause, once=once)
         if conn is not self._current:
-            self._dirty.add(conn)
+            self.dirty.add(conn)
 
     # ---- domains ----
 
@@ -344,6 +363,7 @@ class Engine:
         domain = self.domains.get(domid)
         if domain is None:
             domain = self.domains[domid] = Domain(domid, self.quotas.copy())
+            domain.features = self.profile.features
         return domain
 
     def exists(self, domid: int) -> bool:
@@ -353,7 +373,8 @@ class Engine:
         return self.hooks is not None and domid < DOMID_FIRST_RESERVED and self.hooks.domain_exists(domid)
 
     def _set_ids(self, domain: Domain) -> None:
-        ids = (domain.domid, 0x7FF5) if domain.target is None else (domain.domid, 0x7FF5, domain.target)
+        target = () if domain.target is None else (domain.target,)
+        ids = (domain.domid, *self.profile.everybody, *target)
         for conn in domain.connections:
             conn.ids = ids
 
@@ -364,39 +385,19 @@ class Engine:
 
     def introduced(self, domid: int) -> None:
         """The domain is served from now on; @introduceDomain fires the first time."""
-        domain = self.domain(domid)
-        domain.shutdown = False
-        if not domain.introduced:
-            domain.introduced = True
-            self.fire_special(INTRODUCE_DOMAIN, domid)
+        self.profile.introduced(self, domid)
 
     def domain_shutdown(self, domid: int) -> None:
-        """It stopped but is not gone: @releaseDomain, once until RESUME."""
-        domain = self.domains.get(domid)
-        if domain is not None and domain.introduced and not domain.shutdown:
-            domain.shutdown = True
-            self.fire_special(RELEASE_DOMAIN, domid)
+        """It stopped but is not gone: @releaseDomain."""
+        self.profile.shutdown(self, domid)
 
     def domain_died(self, domid: int) -> None:
         """The domain is gone (or released): its connections, watches, transactions and nodes go, its entries
-        leave other nodes' lists; @releaseDomain fires if it had been introduced. Idempotent."""
-        domain = self.domains.pop(domid, None)
-        if domain is None or not domid:
-            if domain is not None:
-                self.domains[0] = domain
-            return
-        for conn in list(domain.connections):
-            self.disconnect(conn)
-        for other in self.domains.values():
-            if other.target == domid:
-                self.set_target(other, None)
-        domains.forget(self, domid)
-        self.domains.pop(domid, None)
-        if domain.introduced:
-            self.fire_special(RELEASE_DOMAIN, domid)
+        in other lists mean nothing any more; @releaseDomain fires if it had been introduced. Idempotent."""
+        self.profile.died(self, domid)
 
     def features_of(self, conn: Connection) -> int:
-        return conn.domain.features if conn.guest else FEATURES
+        return conn.domain.features if conn.guest else self.profile.features
 
     # ---- looking inside, for tests and CONTROL check ----
 

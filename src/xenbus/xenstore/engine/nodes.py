@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from xenbus.xenstore.engine.connection import FEATURE_DOMID_ANY, Connection
-from xenbus.xenstore.engine.dispatch import Fail, Handler, domid_of, one_word, words_of
+from xenbus.xenstore.engine.dispatch import Fail, Handler, atoi, domid_of, one_word, words_of
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_SUBTREE, Transaction
 from xenbus.xenstore.engine.tree import (
     HEADER_COST,
@@ -46,12 +46,12 @@ def canonical(conn: Connection, raw: bytes, *, special: bool = False) -> bytes:
             raw = conn.home + raw
         if not _valid_absolute(raw):
             raise Fail("EINVAL")
-    if conn.guest:
-        limit = conn.domain.quotas.path_max
-        if limit and len(raw) > limit:
-            home = _home(raw)
-            if len(raw) - (home.end() if home else 0) > limit:
-                raise Fail("EINVAL")
+    # The one limit that is domain 0's as well (is_valid_nodename of 4.17).
+    limit = conn.domain.quotas.path_max
+    if limit and len(raw) > limit:
+        home = _home(raw)
+        if len(raw) - (home.end() if home else 0) > limit:
+            raise Fail("EINVAL")
     return raw
 
 
@@ -121,11 +121,9 @@ def directory_part(engine: Engine, conn: Connection, message: Message, tx: Trans
     if len(words) != 2:
         raise Fail("EINVAL")
     node = find(engine, conn, tx, canonical(conn, words[0]), READ)
-    if not words[1].isdigit() or len(words[1]) > 10:
-        raise Fail("EINVAL")
-    offset = int(words[1])
+    offset = atoi(words[1])
     head = b"%d\0" % node.generation
-    if offset >= node.childlen:
+    if not 0 <= offset < node.childlen:
         return head + b"\0"
     names = _names(node)
     room = PAYLOAD_MAX - len(head) - 1
@@ -146,13 +144,17 @@ def get_perms(engine: Engine, conn: Connection, message: Message, tx: Transactio
 def _charge(engine: Engine, conn: Connection, owner: int, size: int) -> None:
     """ENOMEM if a guest would take `owner` past the memory that a domain may have."""
     limit = conn.domain.quotas.memory
-    if limit and size > 0 and engine.domain(owner).memory + size > limit:
+    domain = engine.domains.get(owner)
+    if limit and size > 0 and domain is not None and domain.memory + size > limit:
         raise Fail("ENOMEM")
 
 
-def _check_size(conn: Connection, size: int) -> None:
+def _check_size(conn: Connection, tx: Transaction | None, size: int) -> None:
+    """ENOSPC for a node of a guest's that gets too large; a transaction can then only fail (write_node)."""
     limit = conn.domain.quotas.node_size
     if limit and size >= limit:
+        if tx is not None:
+            tx.failed = True
         raise Fail("ENOSPC")
 
 
@@ -164,6 +166,9 @@ def create(engine: Engine, conn: Connection, tx: Transaction | None, path: bytes
     while (parent := engine.lookup(tx, above)) is None:
         missing.append(above)
         above = parent_of(above)
+    if tx is not None:
+        # Whether it may or not: the quota of nodes is looked at in the end (ta_node_created).
+        tx.created = True
     perms = parent.perms
     if conn.guest:
         perms = ((perms[0][0], conn.domid), *perms[1:])
@@ -173,15 +178,14 @@ def create(engine: Engine, conn: Connection, tx: Transaction | None, path: bytes
     else:
         engine.generation += 1
         parent.generation = engine.generation
-    owner = engine.domain(parent.perms[0][1])
     for name in reversed(missing):
         base = name[name.rindex(b"/") + 1 :]
         parent.add_child(base)
         if tx is None:
-            owner.memory += len(base) + 1
+            # Not within a transaction: its copy of a node may have an owner that is gone.
+            engine.domain(parent.perms[0][1]).memory += len(base) + 1
         node = Node(value if name is path else b"", perms, 0)
         engine.put(tx, name, node)
-        owner = engine.domain(perms[0][1])
         parent = node
     return parent
 
@@ -202,10 +206,10 @@ def _check_creation(
         raise Fail("ENOSPC")
     names = [len(name) - name.rindex(b"/") for name in missing]
     base = HEADER_COST + PERM_COST * len(perms)
-    _check_size(conn, base + len(value))
-    _check_size(conn, parent.size + names[-1])
+    _check_size(conn, tx, base + len(value))
+    _check_size(conn, tx, parent.size + names[-1])
     for length in names[:-1]:
-        _check_size(conn, base + length)
+        _check_size(conn, tx, base + length)
     total = len(value) + sum(len(name) + base for name in missing) + sum(names)
     _charge(engine, conn, conn.domid, total)
 
@@ -229,7 +233,7 @@ def write(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
     delta = len(value) - len(node.value)
     owner = node.perms[0][1]
     if conn.guest:
-        _check_size(conn, node.size + delta)
+        _check_size(conn, tx, node.size + delta)
         _charge(engine, conn, owner, delta)
     node = engine.modify(tx, path, node)
     node.value = value
@@ -284,7 +288,11 @@ def remove_tree(engine: Engine, conn: Connection | None, tx: Transaction | None,
     """The node with all below it. Each node fires for watches on itself, the root for those above too."""
     above = parent_of(path)
     parent = engine.lookup(tx, above)
-    doomed = engine.subtree(tx, path)
+    try:
+        doomed = engine.subtree(tx, path)
+    except Fail:
+        # Past the quota of a transaction's nodes: what rm_node makes of it.
+        raise Fail("EIO") from None
     # First the events: who may hear of a node is judged by the tree as it still is.
     for here, node in doomed:
         if tx is None:
@@ -306,16 +314,21 @@ def remove_tree(engine: Engine, conn: Connection | None, tx: Transaction | None,
 
 def _parse_perms(engine: Engine, conn: Connection, words: list[bytes]) -> Perms:
     """Entries for domains that do not exist are kept but ignored (domain_alloc_permrefs)."""
-    perms = []
+    entries = []
     for word in words:
         access = _LETTERS.get(word[:1])
         if access is None:
             raise Fail("EINVAL")
-        domid = domid_of(word[1:])
+        entries.append((access, domid_of(word[1:])))
+    perms = []
+    for access, domid in entries:
         if domid == DOMID_ANY:
             known = engine.features_of(conn) & FEATURE_DOMID_ANY != 0
         else:
             known = engine.exists(domid)
+            if known and not conn.guest:
+                # There from now on (domain_alloc_permrefs). A guest does not get to fill the table.
+                engine.domain(domid)
         perms.append((access if known else access | IGNORED, domid))
     return tuple(perms)
 
@@ -330,18 +343,31 @@ def set_perms(engine: Engine, conn: Connection, message: Message, tx: Transactio
     perms = _parse_perms(engine, conn, words[1:])
     if perms[0][0] & IGNORED:
         raise Fail("ENOENT")
-    path = canonical(conn, words[0], special=True)
+    if words[0][:1] == b"@":
+        _set_special_perms(engine, conn, words[0], perms)
+        return OK
+    path = canonical(conn, words[0])
     node = find(engine, conn, tx, path, WRITE | OWNER)
     old = node.perms
     if conn.guest:
         if perms[0][1] != old[0][1]:
             raise Fail("EPERM")
         growth = PERM_COST * (len(perms) - len(old))
-        _check_size(conn, node.size + growth)
+        _check_size(conn, tx, node.size + growth)
         _charge(engine, conn, old[0][1], growth)
     set_node_perms(engine, tx, path, node, perms)
     _changed(engine, conn, tx, path, perms, old)
     return OK
+
+
+def _set_special_perms(engine: Engine, conn: Connection, name: bytes, perms: Perms) -> None:
+    """At once, in a transaction too; nobody is told, and who owns it may give it away (set_perms_special)."""
+    node = engine.nodes.get(name)
+    if node is None:
+        raise Fail("EINVAL")
+    if conn.guest and not access_of(node.perms, conn.ids) & OWNER:
+        raise Fail("EACCES")
+    set_node_perms(engine, None, name, node, perms)
 
 
 def set_node_perms(engine: Engine, tx: Transaction | None, path: bytes, node: Node, perms: Perms) -> None:

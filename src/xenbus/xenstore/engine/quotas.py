@@ -6,7 +6,7 @@ Source: quota table of xenstored (tools/xenstored/domain.c), defaults as in Xen 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from xenbus.errors import UsageError
 
@@ -83,8 +83,8 @@ class Quotas:
     def copy(self) -> Quotas:
         return Quotas(self.as_dict())
 
-    @classmethod
-    def parse(cls, words: list[str]) -> Quotas:
+    @staticmethod
+    def parse_words(words: Iterable[str]) -> dict[str, int]:
         """From `name=value` words of a command line. UsageError names the word that is wrong."""
         values = {}
         for word in words:
@@ -92,4 +92,9 @@ class Quotas:
             if not found or not (number.isascii() and number.isdigit()):
                 raise UsageError(f"quota {word!r}: expected name=number")
             values[name] = int(number)
-        return cls(values)
+        return values
+
+    @classmethod
+    def parse(cls, words: Iterable[str]) -> Quotas:
+        """The same as quotas; the others have xenstored's defaults."""
+        return cls(cls.parse_words(words))

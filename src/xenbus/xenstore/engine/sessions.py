@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from xenbus.xenstore.engine.connection import FEATURE_WATCHDEPTH, Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler, number_of, one_word, words_of
 from xenbus.xenstore.engine.nodes import canonical
-from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Transaction
+from xenbus.xenstore.engine.transactions import Transaction
 from xenbus.xenstore.engine.tree import NO_GENERATION
 from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import OK, Message, Op
@@ -109,21 +109,21 @@ def end(engine: Engine, conn: Connection, message: Message, tx: Transaction | No
     if tx.failed:
         raise Fail("ENOMEM")
     _check(engine, conn, tx)
-    _commit(engine, tx)
-    for path, entry in tx.accessed.items():
-        if entry.fire != FIRE_NOT:
-            perms = None if entry.node is None else entry.node.perms
-            engine.fire(conn, path, perms, entry.perms, exact=entry.fire == FIRE_EXACT)
+    engine.commit(conn, tx)
     return OK
 
 
 def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
-    """EAGAIN if a node it looked at is not as it was; ENOSPC past a node quota (acc_fix_domains)."""
-    if tx.created and conn.guest:
-        for domid, delta in tx.nodes.items():
-            domain = engine.domain(domid)
-            if domid and delta > 0 and domain.nodes + delta > domain.quotas.nodes > 0:
-                raise Fail("ENOSPC")
+    """EAGAIN if a node it looked at is not as it was; before that, for each domain whose nodes change in
+    number, ENOMEM if it is gone, ENOSPC if it comes to its quota, one node earlier than outside of
+    transactions (transaction_fix_domains)."""
+    for domid, delta in tx.nodes.items():
+        if not engine.exists(domid):
+            raise Fail("ENOMEM")
+        domain = engine.domain(domid)
+        limit = domain.quotas.nodes if tx.created and conn.guest and domid else 0
+        if limit and domain.nodes + delta >= limit:
+            raise Fail("ENOSPC")
     nodes = engine.nodes
     for path, entry in tx.accessed.items():
         node = nodes.get(path)
@@ -131,27 +131,6 @@ def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
             raise Fail("EAGAIN")
     if tx.stale:
         raise Fail("EAGAIN")
-
-
-def _commit(engine: Engine, tx: Transaction) -> None:
-    nodes = engine.nodes
-    for path, entry in tx.accessed.items():
-        if not entry.modified:
-            continue
-        base, node = entry.base, entry.node
-        if base is not None:
-            engine.domain(base.perms[0][1]).memory -= len(path) + base.size
-        if node is None:
-            if base is not None:
-                engine.generation += 1
-                del nodes[path]
-            continue
-        engine.generation += 1
-        node.generation = engine.generation
-        nodes[path] = node
-        engine.domain(node.perms[0][1]).memory += len(path) + node.size
-    for domid, delta in tx.nodes.items():
-        engine.domain(domid).nodes += delta
 
 
 HANDLERS: dict[int, Handler] = {

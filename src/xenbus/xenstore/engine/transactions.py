@@ -37,8 +37,8 @@ class Transaction:
     domain: its owner
     nodes: by how much each domain's node count will change
     memory: bytes held for the owner until the end
-    created: some node was; failed: END can only fail (ENOMEM)
-    stale: what it would write names a domain that died (EAGAIN)
+    created: some node was, or should have been; failed: END can only fail (ENOMEM)
+    stale: something it saw is not so any more since it was loaded: END can only fail (EAGAIN)
     """
 
     __slots__ = ("accessed", "created", "domain", "failed", "memory", "nodes", "stale", "tx_id")
@@ -60,12 +60,9 @@ class Transaction:
     def count(self, domid: int, delta: int) -> None:
         self.nodes[domid] = self.nodes.get(domid, 0) + delta
 
-    def names(self, domid: int) -> bool:
-        """Whether a node that it would write has an entry for that domain."""
-        return any(
-            entry.modified and entry.node is not None and any(one == domid for _, one in entry.node.perms)
-            for entry in self.accessed.values()
-        )
+    def written(self) -> list[Node]:
+        """Nodes that its end would put into the tree."""
+        return [entry.node for entry in self.accessed.values() if entry.modified and entry.node is not None]
 
     def release(self) -> None:
         """Looks at no node any more. Once."""

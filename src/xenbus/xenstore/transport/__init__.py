@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from xenbus.errors import LinkDown, UsageError
 
@@ -96,6 +96,20 @@ class Pipe(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Pollable(Pipe, Protocol):
+    """A pipe with a descriptor, that can also be used without ever waiting."""
+
+    def fileno(self) -> int: ...
+    def take(self) -> bytes | None:
+        """What is there; None if nothing is, b"" at end of file. OSError or LinkDown."""
+        ...
+
+    def offer(self, messages: Sequence[bytes]) -> bytes:
+        """What the other side has no room for now, to be offered first next time. OSError or LinkDown."""
+        ...
 
 
 @dataclass(slots=True, frozen=True)

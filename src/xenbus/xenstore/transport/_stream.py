@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from xenbus.errors import LinkDown
 from xenbus.xenstore.transport import SOCKET_OUTSTANDING, Receiver
@@ -17,18 +19,42 @@ from xenbus.xenstore.transport import SOCKET_OUTSTANDING, Receiver
 READ_SIZE = 65536
 
 
+class _Scratch(threading.local):
+    """Where a thread's transports read into, one after the other: receivers keep nothing of it, and a buffer
+    for each of a thousand connections would be 64 MiB."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(READ_SIZE))
+
+
+_scratch = _Scratch()
+
+
 class StreamTransport:
-    """An event loop's end of a descriptor. Subclasses say how to read, write and close it."""
+    """An event loop's end of a descriptor.
+
+    read_into, write, close: how that kind of descriptor does it, if not as os does
+    """
 
     max_outstanding = SOCKET_OUTSTANDING
 
-    def __init__(self, fd: int, peer: str) -> None:
+    def __init__(
+        self,
+        fd: int,
+        peer: str,
+        read_into: Callable[[memoryview], int] | None = None,
+        write: Callable[[bytes | bytearray], int] | None = None,
+        close: Callable[[], None] | None = None,
+    ) -> None:
         self._fd = fd
         self._peer = peer
+        self._read_into = read_into or (lambda buffer: os.readv(fd, [buffer]))
+        self._write = write or partial(os.write, fd)
+        self._close_fd = close or partial(os.close, fd)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receiver: Receiver | None = None
         self._out = bytearray()
-        self._buffer = memoryview(bytearray(READ_SIZE))
+        self.backlog = 0  # len(self._out), looked at for each request
         self._closed = False
         self._why: Exception | None = None
         self._paused = False
@@ -36,21 +62,6 @@ class StreamTransport:
     @property
     def peer(self) -> str:
         return self._peer
-
-    @property
-    def backlog(self) -> int:
-        return len(self._out)
-
-    # What a kind of descriptor may do in its own way.
-
-    def _read_into(self, buffer: memoryview) -> int:
-        return os.readv(self._fd, [buffer])
-
-    def _write(self, data: bytes | bytearray) -> int:
-        return os.write(self._fd, data)
-
-    def _close_fd(self) -> None:
-        os.close(self._fd)
 
     def start(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -67,7 +78,7 @@ class StreamTransport:
             return
         data = messages[0] if len(messages) == 1 else b"".join(messages)
         if self._out:
-            self._out += data
+            self._queue(data)
             return
         try:
             taken = self._write(data)
@@ -77,9 +88,13 @@ class StreamTransport:
             self._lost(exc)
             return
         if taken < len(data):
-            self._out += data[taken:]
+            self._queue(data[taken:])
             if self._loop is not None:
                 self._loop.add_writer(self._fd, self._writable)
+
+    def _queue(self, data: bytes) -> None:
+        self._out += data
+        self.backlog = len(self._out)
 
     def pause(self, paused: bool) -> None:
         if self._closed or self._loop is None or paused == self._paused:
@@ -95,15 +110,16 @@ class StreamTransport:
 
     def _readable(self) -> None:
         assert self._receiver is not None
+        buffer = _scratch.buffer
         try:
-            count = self._read_into(self._buffer)
+            count = self._read_into(buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self._lost(exc)
             return
         if count:
-            self._receiver.data_received(self._buffer[:count])
+            self._receiver.data_received(buffer[:count])
         else:
             self._lost(LinkDown(f"{self._peer} closed the connection"))
 
@@ -116,6 +132,7 @@ class StreamTransport:
         except OSError as exc:
             self._lost(exc)
             return
+        self.backlog = len(self._out)
         if not self._out:
             self._loop.remove_writer(self._fd)
             self._receiver.drained()
@@ -131,6 +148,7 @@ class StreamTransport:
             loop.remove_writer(self._fd)
         self._close_fd()
         self._out.clear()
+        self.backlog = 0
         if loop is not None and self._receiver is not None:
             loop.call_soon(self._receiver.connection_lost, exc)
             self._receiver = _Nobody()

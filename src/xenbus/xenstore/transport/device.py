@@ -97,6 +97,18 @@ class DevicePipe:
         wait_fd(self._fd, select.POLLIN, timeout)
         return os.read(self._fd, READ_SIZE)
 
+    def take(self) -> bytes | None:
+        if self._refused:
+            return self._refused.popleft()
+        try:
+            return os.read(self._fd, READ_SIZE)
+        except BlockingIOError:
+            return None
+
+    def offer(self, messages: Sequence[bytes]) -> bytes:
+        self.send(messages, 0)  # the kernel takes a message as a whole, and at once
+        return b""
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

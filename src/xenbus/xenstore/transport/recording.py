@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TextIO
 
 from xenbus.errors import UsageError
-from xenbus.xenstore.transport import Pipe, Receiver, Scheme, Transport, register, resolve
+from xenbus.xenstore.transport import Pipe, Pollable, Receiver, Scheme, Transport, register, resolve
 from xenbus.xenstore.wire.message import Message, Op, Parser, ProtocolError, op_name
 
 # Bytes of file after which recording stops (the connection goes on).
@@ -26,17 +26,20 @@ _PAYLOAD_LIMIT = 16 << 20
 
 @dataclass(slots=True, frozen=True)
 class Record:
-    """One message. `seconds` since the recording began; `outgoing`: from the client to the store."""
+    """One message. `seconds` since the recording began; `outgoing`: from the client to the store;
+    `connection`: which one, where several were recorded."""
 
     seconds: float
     outgoing: bool
     message: Message
+    connection: int = 1
 
     def encode(self) -> str:
         message = self.message
         return json.dumps(
             {
                 "seconds": round(self.seconds, 6),
+                "connection": self.connection,
                 "to": "store" if self.outgoing else "client",
                 "op": op_name(message.op),
                 "req_id": message.req_id,
@@ -54,8 +57,11 @@ class Record:
             op = Op[entry["op"]] if not entry["op"].isdecimal() else int(entry["op"])
             payload = entry["payload"].encode("latin-1")
             message = Message(op, int(entry["req_id"]), int(entry["tx_id"]), payload)
-            return cls(float(entry["seconds"]), entry["to"] == "store", message)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            if not all(0 <= number < 1 << 32 for number in (op, message.req_id, message.tx_id)):
+                raise ValueError("a number that no header holds")
+            connection = int(entry.get("connection", 1))
+            return cls(float(entry["seconds"]), entry["to"] == "store", message, connection)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
             raise UsageError(f"no line of a recording: {line[:80]!r} ({exc!r})") from exc
 
 
@@ -66,31 +72,35 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[Record]:
             yield Record.decode(line)
 
 
-class _Tape:
-    """The file, with a parser for each direction."""
+class Tape:
+    """The file. It ends where FILE_LIMIT is reached (`full`); what is recorded goes on."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.fchmod(fd, 0o600)  # a file that was there may have been anybody's to read
         self._file: TextIO | None = os.fdopen(fd, "w", encoding="ascii")
         self._began = monotonic()
         self._left = FILE_LIMIT
-        self._parsers = {True: Parser(_PAYLOAD_LIMIT), False: Parser(_PAYLOAD_LIMIT)}
+        self.full = False
+        self.connections = 0
+        self.messages = 0
 
-    def put(self, outgoing: bool, data: bytes | memoryview) -> None:
+    def track(self) -> Track:
+        """For one more connection."""
+        self.connections += 1
+        return Track(self, self.connections)
+
+    def write(self, outgoing: bool, message: Message, connection: int) -> None:
         if self._file is None:
             return
-        try:
-            messages = self._parsers[outgoing].feed(data)
-        except ProtocolError as exc:
-            messages = exc.messages
-        seconds = monotonic() - self._began
-        for message in messages:
-            line = Record(seconds, outgoing, message).encode() + "\n"
-            self._left -= len(line)
-            if self._left < 0:
-                self.close()
-                return
-            self._file.write(line)
+        line = Record(monotonic() - self._began, outgoing, message, connection).encode() + "\n"
+        self._left -= len(line)
+        if self._left < 0:
+            self.full = True
+            self.close()
+            return
+        self.messages += 1
+        self._file.write(line)
 
     def close(self) -> None:
         if self._file is not None:
@@ -98,12 +108,31 @@ class _Tape:
             self._file = None
 
 
+class Track:
+    """One connection on a tape: a parser for each direction."""
+
+    def __init__(self, tape: Tape, connection: int) -> None:
+        self.tape = tape
+        self._connection = connection
+        self._parsers = {True: Parser(_PAYLOAD_LIMIT), False: Parser(_PAYLOAD_LIMIT)}
+
+    def put(self, outgoing: bool, data: bytes | memoryview) -> list[Message]:
+        """The messages that `data` completes, which are written."""
+        try:
+            messages = self._parsers[outgoing].feed(data)
+        except ProtocolError as exc:
+            messages = exc.messages
+        for message in messages:
+            self.tape.write(outgoing, message, self._connection)
+        return messages
+
+
 class RecordingTransport:
     """A transport around another; the file is complete once the connection is closed or lost."""
 
     def __init__(self, inner: Transport, path: str | os.PathLike[str]) -> None:
         self._inner = inner
-        self._tape = _Tape(path)
+        self._track = Tape(path).track()
         self._receiver: Receiver | None = None
 
     @property
@@ -124,7 +153,7 @@ class RecordingTransport:
 
     def send(self, messages: Sequence[bytes]) -> None:
         for message in messages:
-            self._tape.put(True, message)
+            self._track.put(True, message)
         self._inner.send(messages)
 
     def pause(self, paused: bool) -> None:
@@ -132,18 +161,18 @@ class RecordingTransport:
 
     def close(self) -> None:
         self._inner.close()
-        self._tape.close()
+        self._track.tape.close()
 
     # ---- Receiver ----
 
     def data_received(self, data: bytes | memoryview) -> None:
         assert self._receiver is not None
-        self._tape.put(False, data)
+        self._track.put(False, data)
         self._receiver.data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert self._receiver is not None
-        self._tape.close()
+        self._track.tape.close()
         self._receiver.connection_lost(exc)
 
     def drained(self) -> None:
@@ -156,7 +185,7 @@ class RecordingPipe:
 
     def __init__(self, inner: Pipe, path: str | os.PathLike[str]) -> None:
         self._inner = inner
-        self._tape = _Tape(path)
+        self._track = Tape(path).track()
 
     @property
     def peer(self) -> str:
@@ -168,17 +197,40 @@ class RecordingPipe:
 
     def send(self, messages: Sequence[bytes], timeout: float) -> None:
         for message in messages:
-            self._tape.put(True, message)
+            self._track.put(True, message)
         self._inner.send(messages, timeout)
 
     def receive(self, timeout: float) -> bytes:
         data = self._inner.receive(timeout)
-        self._tape.put(False, data)
+        self._track.put(False, data)
         return data
 
     def close(self) -> None:
         self._inner.close()
-        self._tape.close()
+        self._track.tape.close()
+
+
+class RecordingPollable(RecordingPipe):
+    """And around one that can be used without waiting."""
+
+    def __init__(self, inner: Pollable, path: str | os.PathLike[str]) -> None:
+        super().__init__(inner, path)
+        self._pollable = inner
+
+    def fileno(self) -> int:
+        return self._pollable.fileno()
+
+    def take(self) -> bytes | None:
+        data = self._pollable.take()
+        if data:
+            self._track.put(False, data)
+        return data
+
+    def offer(self, messages: Sequence[bytes]) -> bytes:
+        rest = self._pollable.offer(messages)
+        data = b"".join(messages)
+        self._track.put(True, data[: len(data) - len(rest)])
+        return rest
 
 
 def _split(rest: str) -> tuple[str, Scheme, str]:
@@ -197,7 +249,8 @@ def _blocking(rest: str) -> RecordingPipe:
     path, scheme, inner = _split(rest)
     if scheme.blocking is None:
         raise UsageError(f"{scheme.name}: needs an event loop")
-    return RecordingPipe(scheme.blocking(inner), path)
+    pipe = scheme.blocking(inner)
+    return RecordingPollable(pipe, path) if isinstance(pipe, Pollable) else RecordingPipe(pipe, path)
 
 
 register("recording", _connect, _blocking)

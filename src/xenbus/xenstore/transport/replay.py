@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 
-from xenbus.errors import LinkDown, PeerError
+from xenbus.errors import LinkDown, PeerError, UsageError
 from xenbus.xenstore.transport import SOCKET_OUTSTANDING, Receiver, register
 from xenbus.xenstore.transport.recording import Record, read_recording
 from xenbus.xenstore.wire.message import Message, Parser, encode
@@ -82,8 +82,13 @@ class ReplayTransport:
 
 
 def replay(path: str | os.PathLike[str]) -> ReplayTransport:
-    """UsageError for a file that is no recording."""
-    return ReplayTransport(list(read_recording(path)), f"the recording {os.fspath(path)}")
+    """UsageError for a file that is no recording, or one of several connections."""
+    records = list(read_recording(path))
+    if len({record.connection for record in records}) > 1:
+        raise UsageError(
+            f"{os.fspath(path)} has several connections: it can be decoded, and replayed to a store"
+        )
+    return ReplayTransport(records, f"the recording {os.fspath(path)}")
 
 
 register("replay", replay)

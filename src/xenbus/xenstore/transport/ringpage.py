@@ -63,12 +63,13 @@ class Side(Enum):
 class RingPage:
     """The page itself: two byte rings and four words. Keeps slices of `view` until `release()`."""
 
-    __slots__ = ("_inbound", "_outbound", "_words", "released")
+    __slots__ = ("_inbound", "_ours", "_outbound", "_words", "released")
 
     def __init__(self, view: memoryview, side: Side) -> None:
         inbound, outbound = side.value
         self._inbound = ByteRingEnd(view, *inbound)
         self._outbound = ByteRingEnd(view, *outbound)
+        self._ours = inbound[2], outbound[3]
         octets = view.cast("B")
         self._words = octets.cast("I")
         octets.release()
@@ -85,6 +86,11 @@ class RingPage:
     @property
     def readable(self) -> int:
         return self._inbound.readable
+
+    @property
+    def indices(self) -> tuple[int, int]:
+        """Where our end stands: (consumer of what we read, producer of what we write)."""
+        return self._get(self._ours[0]), self._get(self._ours[1])
 
     def _get(self, offset: int) -> int:
         return self._words[offset // 4]
@@ -124,9 +130,9 @@ class RingPage:
         return self._get(EVTCHN_PORT)
 
     def empty(self) -> None:
-        """The daemon's part of a reconnection: nothing is in either ring."""
+        """The daemon's part of a reconnection: nothing is in either ring, and the indices begin anew."""
         for _, _, cons, prod in (XENSTORE_REQ, XENSTORE_RSP):
-            self._words[cons // 4] = self._words[prod // 4]
+            self._words[cons // 4] = self._words[prod // 4] = 0
         fence.full_fence()
 
     def release(self) -> None:
@@ -246,6 +252,11 @@ class RingTransport:
     def close(self) -> None:
         self._lost(None)
 
+    def detach(self) -> None:
+        """As `close`, but the receiver hears nothing: another transport takes over."""
+        self._receiver = None
+        self._lost(None)
+
     def fault(self, fault: RingFault, exc: Exception | None = None) -> None:
         """Daemon's end: says in the page why this connection stops, and stops it. `exc` is what our own
         receiver hears."""
@@ -253,6 +264,10 @@ class RingTransport:
             self.page.error = fault
             self._kick()
             self._lost(exc)
+
+    def notify_by(self, notify: Callable[[], None]) -> None:
+        """The other end has another event channel from now on."""
+        self._notify = notify
 
     # ---- the page ----
 

@@ -112,6 +112,11 @@ class Parser:
         """Bytes of an incomplete message that are held."""
         return len(self._pending)
 
+    @property
+    def rest(self) -> bytes:
+        """The beginning of a message that is held."""
+        return bytes(self._pending)
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Every message completed by `data`, in order. ProtocolError (each time, from then on) for a
         payload length over the limit; its `messages` are those completed before."""

@@ -47,8 +47,10 @@ class Perm(NamedTuple):
         """UsageError unless `[rwbn]<decimal domid>`."""
         access = _BY_LETTER.get(text[:1])
         digits = text[1:]
-        if access is None or not (digits.isascii() and digits.isdigit()) or int(digits) > DOMID_MAX:
-            raise UsageError(f"permission {text!r}: expected [rwbn]<domid>")
+        # A length first: int() itself refuses thousands of digits, by another name.
+        number = digits.isascii() and digits.isdigit() and len(digits) <= 20
+        if access is None or not number or int(digits) > DOMID_MAX:
+            raise UsageError(f"permission {text[:40]!r}: expected [rwbn]<domid>")
         return cls(access, int(digits))
 
 
