@@ -47,7 +47,7 @@ class EchoPort:
     def link(self, link: Link | None) -> None:
         pass
 
-    async def close(self) -> None:
+    async def close(self, *, leave: bool = False) -> None:
         self._driver = None
 
 

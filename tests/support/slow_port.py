@@ -43,7 +43,7 @@ class SlowPort:
     def link(self, link: Link | None) -> None:
         self.peer = link
 
-    async def close(self) -> None:
+    async def close(self, *, leave: bool = False) -> None:
         self.driver = None
 
 

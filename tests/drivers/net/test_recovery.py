@@ -6,9 +6,12 @@ The front is xn in this process; it must see nothing but a pause, and frames tha
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+from tests.support import netlab
 from tests.support.back_process import BackProcess
 from tests.support.until import until
 from tests.support.vif import MAC, frame
@@ -183,6 +186,34 @@ def test_handed_over(tmp_path):
         await r.unplug()
 
     run(test, tmp_path)
+
+
+async def scripted(directory):
+    """The TAP that a hotplug script has found: its index, over a kill and a hand-over; at the end it goes."""
+    async with rig(Path(directory)) as r:
+        await r.rise()
+        paths = DevicePaths("vif", 0, 1, 0)
+        script = {"script": "vif-bridge", "hotplug-status": "connected"}
+        r.spec = DeviceSpec(paths, {"mac": MAC}, {"mac": MAC, "handle": "0", **script})
+        await write_device(r.tool, r.spec)
+        await wait_connected(r.tool, paths)
+        found = [socket.if_nametoindex("vif1.0")]
+        await r.back.kill()
+        found.append(socket.if_nametoindex("vif1.0"))
+        await r.rise()
+        assert await r.back.hand_over() == "released"
+        found.append(socket.if_nametoindex("vif1.0"))
+        await r.rise()
+        await r.unplug()
+        await until(lambda: all(name != "vif1.0" for _, name in socket.if_nameindex()))
+        return found
+
+
+@pytest.mark.skipif(bool(netlab.missing()), reason=netlab.missing() or "there are")
+def test_a_device_that_a_script_has_placed_stays_there(tmp_path):
+    """A script is called once: a new device of that name would be in no bridge."""
+    first, killed, handed_over = netlab.run(scripted, str(tmp_path))
+    assert first == killed == handed_over
 
 
 def test_a_front_end_that_began_anew_meanwhile(tmp_path):

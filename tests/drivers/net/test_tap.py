@@ -291,6 +291,34 @@ def test_into_a_bridge():
     assert found == "fe:ff:ff:ff:ff:ff"
 
 
+async def kept():
+    """What others set of a kept device is there for the next process; an orderly end takes it away."""
+    async with Station() as one:
+        target = f"tap:left?netns={one.netns}&mtu=1400&keep=1"
+        await (await open_port(target)).close(leave=True)
+        await one.ask("up", device="left", address="10.0.0.1")  # as a hotplug script does once
+        left = await one.ask("link", device="left")
+        killed = await open_port(target)
+        for fd in killed._device.fds:  # all that is left of a process that was killed
+            os.close(fd)
+        killed._device.fds.clear()
+        await killed.close()
+        port = await open_port(target)
+        again = await one.ask("link", device="left")
+        await port.close()
+        with pytest.raises(RuntimeError, match="No such device"):
+            await one.ask("link", device="left")
+        await (await open_port(target.replace("&keep=1", ""))).close(leave=True)
+        with pytest.raises(RuntimeError, match="No such device"):
+            await one.ask("link", device="left")
+        return [left, again]
+
+
+def test_a_kept_device_outlives_the_process():
+    left, again = netlab.run(kept)
+    assert left["up"] and again["up"] and left["mac"] == again["mac"]  # a new one would have another address
+
+
 async def refused():
     said = {}
     before = len(descriptors())
@@ -392,6 +420,7 @@ def test_a_device_that_was_made_for_us_needs_no_root():
         ("tap:a?mtu=x", "from 68"),
         ("tap:a?queues=0", "from 1"),
         ("tap:a?queues=99", "to 16"),
+        ("tap:a?keep=yes", "from 0"),
         ("tap:a?colour=red", "unknown option colour"),
     ],
 )

@@ -72,13 +72,13 @@ class Cable:
         self.port = port
         port.start(self)
 
-    async def unplug(self) -> None:
-        """Down, and the port closed. Idempotent."""
+    async def unplug(self, *, leave: bool = False) -> None:
+        """Down, and the port closed. leave: see Port. Idempotent."""
         self.down()
         port, self.port = self.port, None
         self._link = None
         if port is not None:
-            await port.close()
+            await port.close(leave=leave)
 
     def up(self, lanes: Sequence[Lane], link: Link) -> None:
         """These rings take packets. link: what our peer takes"""

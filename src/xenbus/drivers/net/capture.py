@@ -162,8 +162,8 @@ class CapturedPort:
     def link(self, link: Link | None) -> None:
         self._port.link(link)
 
-    async def close(self) -> None:
-        await self._port.close()
+    async def close(self, *, leave: bool = False) -> None:
+        await self._port.close(leave=leave)
         if self._flushing is not None:
             self._flushing.cancel()
         self._writer.close()

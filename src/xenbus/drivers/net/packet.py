@@ -118,6 +118,9 @@ class Port(End, Protocol):
         """Once, before any other call: the driver's end. The port may call it from here on."""
         ...
 
-    async def close(self) -> None:
-        """Give everything back. Nothing is called afterwards. Idempotent."""
+    async def close(self, *, leave: bool = False) -> None:
+        """Give everything back. Nothing is called afterwards. Idempotent.
+
+        leave: another process goes on and opens the same target; what it is to find stays
+        """
         ...

@@ -113,7 +113,7 @@ class Xnb(XenbusDriver):
     async def release(self) -> None:
         """Another process goes on: what runs ends, and the front is told nothing."""
         await self._disconnect()
-        await self.cable.unplug()
+        await self.cable.unplug(leave=True)
 
     async def otherend_changed(self, state: XenbusState) -> None:
         act = self._states.get(state)
@@ -204,7 +204,8 @@ class Xnb(XenbusDriver):
         if target is None:
             handle = said["handle"] or dev.id.partition("/")[2]
             name = said["vifname"] or f"vif{dev.otherend_id}.{handle}"
-            target = f"tap:{name}" if self._scripted else "packet:"
+            # The script puts it where it belongs once, so it has to outlive a process that is killed.
+            target = f"tap:{name}?keep=1" if self._scripted else "packet:"
         self.cable.plug(await open_port(target))
 
     # -- the handshake

@@ -74,7 +74,7 @@ class SwitchPort:
         if self.driver is not None:
             self.driver.link(Link(ALL, self._switch.mtu))
 
-    async def close(self) -> None:
+    async def close(self, *, leave: bool = False) -> None:
         self.link(None)
         self.driver = None
         self._switch.unplug(self)

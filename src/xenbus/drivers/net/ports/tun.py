@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,7 @@ IFNAMSIZ: Final = 16
 _IFREQ_SIZE: Final = 40  # struct ifreq on 64-bit machines
 
 TUNSETIFF: Final = 0x400454CA
+TUNSETPERSIST: Final = 0x400454CB
 TUNSETOFFLOAD: Final = 0x400454D0
 TUNSETVNETHDRSZ: Final = 0x400454D8
 TUNSETCARRIER: Final = 0x400454E2
@@ -54,6 +56,7 @@ class TunDevice:
         """Opens or makes it, in the calling thread's network namespace. PortError."""
         self.target = target
         self.fds: list[int] = []
+        self._kept = False
         # Stays in this namespace, whoever asks: what follows goes to the right device.
         self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
@@ -91,9 +94,18 @@ class TunDevice:
             hint.format(name=self.name, user=os.getuid()) or f"TAP device {self.name!r}: {error.strerror}",
         )
 
-    def close(self) -> None:
-        """A device that was not made beforehand goes with it. Idempotent."""
+    def keep(self) -> None:
+        """It stays when it is closed with `leave`, or by the end of this process."""
+        fcntl.ioctl(self.fds[0], TUNSETPERSIST, 1)
+        self._kept = True
+
+    def close(self, *, leave: bool = False) -> None:
+        """A device that was not made beforehand goes with it, and one that was kept unless it is left.
+        Idempotent."""
         fds, self.fds = self.fds, []
+        if fds and self._kept and not leave:
+            with suppress(OSError):  # somebody deleted it
+                fcntl.ioctl(fds[0], TUNSETPERSIST, 0)
         for fd in fds:
             os.close(fd)
         self._control.close()

@@ -134,7 +134,7 @@ class PacketPort:
             self._driver.link(Link(self._offloads, link.mtu))
         self._wake(self._wakes_put)
 
-    async def close(self) -> None:
+    async def close(self, *, leave: bool = False) -> None:
         self._closed = True
         self._driver = self.peer = None
         self._wake(self._wakes_get)

@@ -17,8 +17,8 @@ switches: dict[str, Switch] = {}
 
 
 class _SharedPort(SwitchPort):
-    async def close(self) -> None:
-        await super().close()
+    async def close(self, *, leave: bool = False) -> None:
+        await super().close(leave=leave)
         if not self._switch.ports and switches.get(self._switch.name) is self._switch:
             del switches[self._switch.name]
 

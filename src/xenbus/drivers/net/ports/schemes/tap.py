@@ -8,6 +8,8 @@ mtu:     its MTU; without, it follows the driver's link
 queues:  how often it is opened (IFF_MULTI_QUEUE). One suffices, all are served by one loop; more are for a
          device that was made with `multi_queue`
 up:      0 leaves it as it is, down if it is new
+keep:    1: it outlives this process where that is killed or hands over, with its place in a bridge and all
+         that others set of it; it goes when the port is closed in order, whoever made it
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class TapOptions:
     mtu: int = 0
     queues: int = 1
     up: bool = True
+    keep: bool = False
 
     @classmethod
     def of(cls, target: Target) -> TapOptions:
@@ -91,6 +94,7 @@ class TapOptions:
             mtu=_number(target, "mtu", 0, MIN_MTU, MAX_MTU),
             queues=_number(target, "queues", 1, 1, QUEUES_MAX),
             up=bool(_number(target, "up", 1, 0, 1)),
+            keep=bool(_number(target, "keep", 0, 0, 1)),
         )
         target.finish_options()
         return options
@@ -107,6 +111,8 @@ class TapOptions:
                 device.join(self.bridge)
             if self.up:
                 device.up()
+            if self.keep:
+                device.keep()
         except BaseException:
             device.close()
             raise
@@ -173,13 +179,13 @@ class TapPort:
         if self._driver is not None and self._device.fds:
             self._driver.link(Link(ALL, self._options.mtu or MAX_MTU))
 
-    async def close(self) -> None:
+    async def close(self, *, leave: bool = False) -> None:
         self._set_reading(False)
         if self._full:
             self._loop.remove_writer(self._device.fds[0])
         self._driver, self._full = None, False
         self._rest = []
-        self._device.close()
+        self._device.close(leave=leave)
 
     # -- what the driver calls
 
