@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from xenbus.cli.demo.show import Data, Person, Show
-from xenbus.cli.demo.stage import Stage
-from xenbus.cli.demo.steps import GUEST, SCRATCH, STEPS, give_disk
+from xenbus.cli.demo.stage import GUEST, Stage, give_disk
+from xenbus.cli.demo.steps import SCRATCH, STEPS
 from xenbus.drivers.block import image as shipped
 from xenbus.drivers.block.blkif import SECTOR_SIZE
 from xenbus.errors import UsageError, XenbusError
