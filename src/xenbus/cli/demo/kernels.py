@@ -63,8 +63,12 @@ class KernelStack:
         await self._process.wait()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def netns(self) -> str:
-        return f"/proc/{self._process.pid}/ns/net"
+        return f"/proc/{self.pid}/ns/net"
 
     async def ask(self, what: str, **parameters: object) -> Any:
         """XenbusError with its own words."""

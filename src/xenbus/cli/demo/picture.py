@@ -45,17 +45,17 @@ PICTURE = {
 async def picture(stage: Stage) -> None:
     """The seed's own picture: one domain holds both buses, and two guests talk through it"""
     before = await stage.ask(GUEST, "tree")
-    left, right = await stage.toolstack.create(LEFT), await stage.toolstack.create(RIGHT)
-    async with AsyncExitStack() as stack:
-        talk = _Packets(stage, stack) if stage.no_kernels else await _Kernels.start(stage, stack)
-        own = await _furnish(stage, talk, left, right)
+    async with AsyncExitStack() as exits:
+        made = await furnish(stage, exits)
         await _check_picture(stage)
-        await talk.talk()
-        await _console(stage, left)
-        for info in (left, right):
+        await made.talk.talk()
+        await _console(stage, made.left)
+        for info in (made.left, made.right):
             await stage.toolstack.destroy(info.domid)
-        await asyncio.gather(*(detach_device(stage.toolstack.store, paths) for paths in own))
-        await talk.gone()
+        await asyncio.gather(*(detach_device(stage.toolstack.store, paths) for paths in made.own))
+        await made.talk.gone()
+    for path in _disks(stage).values():
+        path.unlink()
 
     async def as_before() -> bool:
         return bool((await stage.ask(GUEST, "tree"))["lines"] == before["lines"])
@@ -64,20 +64,30 @@ async def picture(stage: Stage) -> None:
     stage.show.fact("both guests and their devices are gone; the tree is as it was")
 
 
-async def _furnish(
-    stage: Stage, talk: _Packets | _Kernels, left: DomainInfo, right: DomainInfo
-) -> list[DevicePaths]:
-    """All that the picture has. Returns what the guest has more than before."""
+@dataclass(slots=True, frozen=True)
+class Furnished:
+    """own: the devices that the guest itself was given."""
+
+    talk: _Packets | _Kernels
+    left: DomainInfo
+    right: DomainInfo
+    own: list[DevicePaths]
+
+
+async def furnish(stage: Stage, exits: AsyncExitStack) -> Furnished:
+    """All that the picture has, around a guest with its disk. Stacks end with `exits`, devices do not."""
+    talk = _Packets(stage, exits) if stage.no_kernels else await _Kernels.start(stage, exits)
+    left, right = await stage.toolstack.create(LEFT), await stage.toolstack.create(RIGHT)
     guest = await stage.toolstack.find(GUEST)
     # A tree has its devices in the order in which they came: its first disk comes second here.
     await detach_device(stage.toolstack.store, DevicePaths("vbd", 51712, guest.domid, 0))
-    disks = {name: stage.root / f"{name}.img" for name in ("own", LEFT)}
+    disks = _disks(stage)
     for path in disks.values():
         path.write_bytes(os.urandom(1 << 20))
     # Its own network device is a port of the switch that it has for the others: the way out.
     own = [await give(stage, replace(talk.far_side(guest.domid), front="switch:lan").device())]
     await give_disk(stage, GUEST, stage.image, "xvda")
-    own.append(await give_disk(stage, GUEST, disks["own"], "xvdb"))
+    own.append(await give_disk(stage, GUEST, disks[GUEST], "xvdb"))
     await give_disk(stage, LEFT, disks[LEFT], "xvda", back=guest.domid)
     for info in (left, right):
         nic = NicSpec(info.domid, switch="lan", front=talk.front(info.name), back_domid=guest.domid).device()
@@ -85,7 +95,12 @@ async def _furnish(
         await talk.connected(info.name, nic.front["mac"])
     sum_ = (await stage.disk(LEFT, "xbd0", "digest"))["sha256"]
     check(sum_ == digest(disks[LEFT]), "the disk that the guest serves reads other bytes")
-    return own
+    return Furnished(talk, left, right, own)
+
+
+def _disks(stage: Stage) -> dict[str, Path]:
+    """The guest's second one, and the one that it serves."""
+    return {name: stage.root / f"{name}.img" for name in (GUEST, LEFT)}
 
 
 async def _check_picture(stage: Stage) -> None:
@@ -122,9 +137,12 @@ class _Kernels:
     async def connected(self, name: str, mac: str) -> None:
         await self.stacks[name].up("eth0", ADDRESSES[name])
 
+    async def ready(self) -> None:
+        await self.stacks[CONTROL_DOMAIN].up("uplink0", ADDRESSES[CONTROL_DOMAIN])
+
     async def talk(self) -> None:
         show = self.stage.show
-        await self.stacks[CONTROL_DOMAIN].up("uplink0", ADDRESSES[CONTROL_DOMAIN])
+        await self.ready()
         for here, there in ((LEFT, RIGHT), (RIGHT, LEFT), (LEFT, CONTROL_DOMAIN)):
             times = await self.stacks[here].ask("ping", host=ADDRESSES[there], count=PINGS)
             _pinged(self.stage, here, there, times)
@@ -142,6 +160,13 @@ class _Kernels:
                 **heard,
             )
         self.stage.did("ping and a file over TCP between two kernels' stacks")
+
+    def hints(self) -> list[str]:
+        enter = "nsenter --user --preserve-credentials --net --target"
+        return [
+            f"a shell beside {name}'s stack ({ADDRESSES[name]}): {enter} {each.pid}"
+            for name, each in self.stacks.items()
+        ]
 
     async def gone(self) -> None:
         for name, each in self.stacks.items():
@@ -169,6 +194,9 @@ class _Packets:
         stack = PacketStack(await self.stage.connect(name), "xn0", mac, ADDRESSES[name])
         self.stacks[name] = await self._exits.enter_async_context(stack)
 
+    async def ready(self) -> None:
+        """They answer from the start."""
+
     async def talk(self) -> None:
         show, why = self.stage.show, self.stage.no_kernels
         show.fact(f"no kernels' stacks here ({why}): ARP, ICMP and UDP are the demo's own", why=why)
@@ -184,8 +212,11 @@ class _Packets:
         show.fact(f"{heard['bytes']} bytes over UDP from {LEFT} to {RIGHT}, SHA-256 as the file's", **heard)
         self.stage.did("ARP, ICMP and UDP between two guests through the packet interface")
 
+    def hints(self) -> list[str]:
+        return []
+
     async def gone(self) -> None:
-        return
+        """Nothing outside the guests was made."""
 
 
 def _piece(path: Path) -> bytes:
