@@ -35,7 +35,13 @@ async def missing() -> str:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        _, said = await process.communicate()
+        try:
+            async with asyncio.timeout(DEADLINE):
+                _, said = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            return f"{what}: nothing came of it within {DEADLINE:g} s"
         if process.returncode:
             return f"{what}: {(said.decode(errors='replace').strip().splitlines() or ['?'])[-1]}"
     return ""
@@ -54,7 +60,11 @@ class KernelStack:
         self._process = await asyncio.create_subprocess_exec(
             *inside, "unshare", "-n", *STACK, stdin=pipe, stdout=pipe
         )
-        await self.ask("devices")  # it is in its namespace
+        try:
+            await self.ask("devices")  # it is in its namespace
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
