@@ -1,6 +1,7 @@
 """`xenbus attach net` on a real host: nodes, both halves Connected, what the trees say, taken away again."""
 
 import asyncio
+import base64
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tests.support.station import Station
 
 from xenbus.cli.demo.stage import differences
 from xenbus.cli.main import run
+from xenbus.errors import XenbusError
 from xenbus.toolstack.devices import detach_device, wait_connected, write_device
 from xenbus.toolstack.net import NicSpec
 
@@ -76,6 +78,34 @@ def attach(xenbus, name, *words):
 def values(xenbus, name):
     domain = name.partition("/")[0]
     return dict(json.loads(xenbus("sysctl", name, "--json")[1])[domain])
+
+
+def test_frames_through_the_control_sockets(host, xenbus):
+    """What the demo does where guests can have no kernel's stack."""
+    macs = [bytes.fromhex(attach(xenbus, name)["mac"].replace(":", "")) for name in ("g", "h")]
+    frames = [macs[1] + macs[0] + b"\x88\xb5" + bytes([n]) * 46 for n in range(5)]
+
+    async def both(found):
+        async def ask(name, operation, **params):
+            return await found.toolstack.ask(name, "device", device="xn0", operation=operation, **params)
+
+        for each in frames:
+            await ask("g", "send", data=base64.b64encode(each).decode())
+        got = []
+        while len(got) < len(frames):
+            some = await ask("h", "receive", limit=2)
+            assert 1 <= len(some) <= 2
+            got += map(base64.b64decode, some)
+        refused = []
+        for operation, params in (("send", {"data": "no base64!"}), ("receive", {"seconds": 0})):
+            with pytest.raises(XenbusError) as caught:
+                await ask("g", operation, **params)
+            refused.append(str(caught.value))
+        return got, refused
+
+    got, (no_data, nothing) = site(host, both)
+    assert got == frames
+    assert "no base64" in no_data and "a packet" in nothing
 
 
 def test_two_guests_on_a_switch(host, xenbus):
