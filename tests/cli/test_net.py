@@ -1,8 +1,10 @@
 """`xenbus attach net` on a real host: nodes, both halves Connected, what the trees say, taken away again."""
 
 import asyncio
+import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.drivers.net.test_tap import transfer
 from tests.support import netlab
 from tests.support.hosts import Site, up
 from tests.support.station import Station
 
 from xenbus.cli.demo.stage import differences
 from xenbus.cli.main import run
+from xenbus.errors import XenbusError
+from xenbus.toolstack.devices import detach_device, wait_connected, write_device
+from xenbus.toolstack.net import NicSpec
 
 pytestmark = pytest.mark.slow
 MAC = "00:16:3e:11:22:33"
+LARGE = 64 << 20
+ERRORS = ("rx_errors", "tx_errors", "rx_length_errors", "rx_frame_errors", "rx_copy_errors", "last_error")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,34 @@ def attach(xenbus, name, *words):
 def values(xenbus, name):
     domain = name.partition("/")[0]
     return dict(json.loads(xenbus("sysctl", name, "--json")[1])[domain])
+
+
+def test_frames_through_the_control_sockets(host, xenbus):
+    """What the demo does where guests can have no kernel's stack."""
+    macs = [bytes.fromhex(attach(xenbus, name)["mac"].replace(":", "")) for name in ("g", "h")]
+    frames = [macs[1] + macs[0] + b"\x88\xb5" + bytes([n]) * 46 for n in range(5)]
+
+    async def both(found):
+        async def ask(name, operation, **params):
+            return await found.toolstack.ask(name, "device", device="xn0", operation=operation, **params)
+
+        for each in frames:
+            await ask("g", "send", data=base64.b64encode(each).decode())
+        got = []
+        while len(got) < len(frames):
+            some = await ask("h", "receive", limit=2)
+            assert 1 <= len(some) <= 2
+            got += map(base64.b64decode, some)
+        refused = []
+        for operation, params in (("send", {"data": "no base64!"}), ("receive", {"seconds": 0})):
+            with pytest.raises(XenbusError) as caught:
+                await ask("g", operation, **params)
+            refused.append(str(caught.value))
+        return got, refused
+
+    got, (no_data, nothing) = site(host, both)
+    assert got == frames
+    assert "no base64" in no_data and "a packet" in nothing
 
 
 def test_two_guests_on_a_switch(host, xenbus):
@@ -189,9 +225,11 @@ async def through_a_host() -> dict[str, str]:
                 assert (await there.ask("heard"))["sha256"] == sent
             said = command("sysctl", "Domain-0/dev.xnb.0", "--json")["Domain-0"]
             command("detach", "g/xn0")
-            with pytest.raises(RuntimeError, match="No such device"):
-                await two.ask("link", device="far0")
-        size = capture.stat().st_size
+            await went(two, "far0")
+            # The file is closed after the port.
+            async with asyncio.timeout(10):
+                while (size := capture.stat().st_size) <= 8 << 20:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
         return {key: str(value) for key, value in said.items()} | {"captured": str(size)}
 
 
@@ -200,6 +238,86 @@ def test_two_kernels_through_a_host():
     assert "tap far0" in said["dev.xnb.0.port"]
     assert int(said["dev.xnb.0.rx_bytes"]) > 4 << 20 and int(said["dev.xnb.0.tx_bytes"]) > 4 << 20
     assert int(said["captured"]) > 8 << 20
+
+
+async def iperf3(here, there, port: int, *words: str) -> dict[str, Any]:
+    """What iperf3 `here` says of a run against one `there`, at 10.0.0.2, which serves once."""
+    await there.ask("start", words=["iperf3", "-s", "-1", "-p", str(port)])
+    command = ["iperf3", "-c", "10.0.0.2", "-p", str(port), "-t", "1", "--json", *words]
+    async with asyncio.timeout(20):
+        while True:
+            said = json.loads((await here.ask("run", words=command))["out"])
+            if "error" not in said:  # its exit code does not tell
+                return said["end"]
+            assert "Connection refused" in said["error"], said["error"]  # it does not listen yet
+            await asyncio.sleep(0.05)
+
+
+async def follows(station, device: str, mtu: int) -> None:
+    """A TAP device has the MTU of the other end once it is told of the link."""
+    async with asyncio.timeout(10):
+        while (await station.ask("link", device=device))["mtu"] != mtu:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def went(station, device: str) -> None:
+    """A guest hears of a device's end in its own time, and closes its TAP then."""
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="No such device"):
+            while await station.ask("link", device=device):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
+async def jumbo_frames_under_iperf3() -> dict[str, Any]:
+    """MTU 9000 in both processes: ping, iperf3 over TCP and UDP, a large file, and then nothing is left."""
+    found: dict[str, Any] = {}
+    with up() as host:
+        async with Station() as one, Station() as two, Site.open(host.root) as here:
+            toolstack = here.toolstack
+            guest = await toolstack.create("g")
+            nic = NicSpec(
+                guest.domid,
+                tap=f"far0?netns={two.netns}",
+                front=f"tap:eth0?mac=guest&netns={one.netns}",
+                mtu=9000,
+                queues=2,
+            ).device()
+            for again in (False, True):  # what is kept for the next one is kept once
+                before = await here.baseline()
+                await write_device(here.store, nic)
+                await wait_connected(here.store, nic.paths)
+                for each, device, address in ((one, "eth0", "10.0.0.1"), (two, "far0", "10.0.0.2")):
+                    await each.ask("up", device=device, address=address)
+                    await follows(each, device, 9000)
+                assert await one.ask("ping", host="10.0.0.2", size=8900) == 3
+                if again:
+                    found["tcp"] = await iperf3(one, two, 5201)
+                    found["back"] = await iperf3(one, two, 5202, "-R")
+                    found["udp"] = await iperf3(one, two, 5203, "-u", "-b", "40M", "-l", "8900")
+                    await transfer(one, two, "10.0.0.2", size=LARGE)
+                    await transfer(two, one, "10.0.0.1", size=LARGE)
+                    for name in ("g", "Domain-0"):
+                        said = dict(await toolstack.ask(name, "sysctl"))
+                        found[name] = {k: v for k, v in said.items() if k.endswith(ERRORS) and v}
+                    found["wrong"] = [await one.ask("wrong"), await two.ask("wrong")]
+                await detach_device(here.store, nic.paths)
+                if again:
+                    found["left"] = await here.left(before)
+                await went(two, "far0")
+                await went(one, "eth0")
+    return found
+
+
+@pytest.mark.skipif(shutil.which("iperf3") is None, reason="iperf3 is not installed")
+def test_iperf3_and_large_frames_through_a_host():
+    found = netlab.run(jumbo_frames_under_iperf3)
+    for way in ("tcp", "back"):
+        assert found[way]["sum_received"]["bytes"] > 1 << 20
+    udp = found["udp"]["sum"]
+    assert udp["packets"] > 100 and udp["lost_packets"] < udp["packets"] / 2
+    # Lost is one thing, wrong another: neither kernel, neither driver saw a packet that was.
+    assert found["wrong"] == [{}, {}] and found["g"] == found["Domain-0"] == {}
+    assert found["left"] == []
 
 
 def test_completion(xenbus):

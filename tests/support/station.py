@@ -7,6 +7,7 @@ iproute2: addresses are set by ioctl.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,7 @@ import os
 import random
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +26,8 @@ SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, SIOCGIFHWADDR = 0x8914, 0x8916, 0x891
 SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX, SIOCBRADDBR = 0x8913, 0x8921, 0x8933, 0x89A0
 PATIENCE = 20.0
 CHUNK = 256 << 10
+# proc(5), /proc/net/snmp: a checksum that is wrong, a header that is none.
+_WRONG = ("InCsumErrors", "InHdrErrors", "TcpInErrs")
 
 
 class Station:
@@ -201,6 +205,30 @@ class Talker:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.05)
+
+    def run(self, words: list[str], seconds: float = PATIENCE) -> dict[str, Any]:
+        """A program, here, to its end."""
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+        )
+        return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+    def start(self, words: list[str]) -> None:
+        """A program that goes on; it ends with the station."""
+        program = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        atexit.register(program.kill)
+
+    def wrong(self) -> dict[str, int]:
+        """What this kernel found wrong with packets that came, as it counts it: all that is not zero."""
+        found = {}
+        lines = Path("/proc/net/snmp").read_text().splitlines()
+        for names, values in zip(lines[::2], lines[1::2], strict=True):
+            kind = names.partition(":")[0]
+            numbers = map(int, values.split()[1:])
+            found |= {kind + name: n for name, n in zip(names.split()[1:], numbers, strict=True)}
+        for line in Path("/proc/net/snmp6").read_text().splitlines():
+            found[line.split()[0]] = int(line.split()[1])
+        return {name: n for name, n in found.items() if n and name.endswith(_WRONG)}
 
     def udp_serve(self) -> int:
         """Answers each datagram with itself."""

@@ -130,6 +130,7 @@ def net(
     Example:
       xenbus attach net --domain guest --dir /tmp/host
       xenbus attach net --domain guest --bridge xenbr0 --mac 00:16:3e:11:22:33 --dir /tmp/host
+      xenbus attach net --domain guest --switch 'lan?source=own&uplink=tap:up0' --dir /tmp/host
     """
     from xenbus.cli.hosts import with_toolstack
     from xenbus.toolstack.net import NicSpec, free_devid

@@ -10,11 +10,11 @@ from tests.support.net_ends import BROADCAST, Sink, frame, station, up
 
 from xenbus.drivers.net.frames import is_valid
 from xenbus.drivers.net.packet import ALL, Gso, Offloads, Packet
-from xenbus.drivers.net.ports import open_port
+from xenbus.drivers.net.ports import PortError, open_port
 from xenbus.drivers.net.ports import switch as module
-from xenbus.drivers.net.ports.schemes.switch import switches
+from xenbus.drivers.net.ports.schemes.switch import UPLINKS_MAX, switches
 from xenbus.drivers.net.ports.switch import Switch
-from xenbus.errors import UsageError
+from xenbus.errors import LinkDown, UsageError
 
 A, B, C, D = (station(n) for n in range(4))
 
@@ -291,6 +291,93 @@ def test_by_name_one_switch_is_shared_and_goes_with_its_last_port():
             await open_port("switch:lan?colour=red")
         with pytest.raises(UsageError, match="no switch's name"):
             await open_port("switch:a/b")
+
+    asyncio.run(main())
+
+
+def test_a_port_that_is_held_to_its_own_address():
+    lan = Lan()
+    lan.ports[0].own_source_only = True
+    lan.send(0, frame(B, A))  # nobody said what its own address is
+    lan.ports[0].link(up(mac=A))
+    lan.send(0, frame(B, C), frame(B, A), frame(BROADCAST, B))
+    lan.send(1, frame(C, D))
+    assert lan.got() == [[frame(C, D)], [frame(B, A)], [frame(B, A), frame(C, D)]]
+    assert lan.ports[0].counters()["spoofed"] == 3 and lan.ports[1].counters()["spoofed"] == 0
+    assert lan.switch.port_of(C) is None  # a lie teaches nothing
+    assert lan.switch.port_of(A) is lan.ports[0]
+
+
+def test_the_option_of_that_name():
+    async def main():
+        held, free = await open_port("switch:lan?source=own"), await open_port("switch:lan?source=any")
+        for port, mac in ((held, A), (free, B)):
+            port.start(Sink())
+            port.link(up(mac=mac))
+        for port in (held, free):
+            port.send([Packet(frame(BROADCAST, C))])
+            await port.close()
+        assert [port.spoofed for port in (held, free)] == [1, 0]
+        with pytest.raises(UsageError, match="`own` or `any`"):
+            await open_port("switch:lan?source=mine")
+        assert not switches
+
+    asyncio.run(main())
+
+
+def test_an_uplink_is_opened_once_and_goes_with_the_switch():
+    async def main():
+        one = await open_port("switch:lan?uplink=packet:")
+        two = await open_port("switch:lan?uplink=packet:&source=own")
+        (outside,) = switches["lan"].uplinks.values()
+        ends = Sink(), Sink()
+        for port, end, mac in ((one, ends[0], A), (two, ends[1], B)):
+            port.start(end)
+            port.link(up(mac=mac))
+        assert (await outside.linked(1)).mtu == 1500
+        sent = frame(BROADCAST, A)
+        one.send([Packet(sent)])
+        assert (await outside.get(1)).data == sent and ends[1].frames == [sent]
+        back = frame(A, D)
+        await outside.put(back, 1)
+        assert ends[0].frames == [back] and ends[1].frames == [sent]
+        await one.close()
+        assert len(switches["lan"].ports) == 2  # the other one's, and the uplink's
+        await two.close()
+        assert not switches
+        with pytest.raises(LinkDown):
+            await outside.get(1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("uplink", "error", "text"),
+    [
+        ("switch:other", UsageError, "loop"),
+        ("up0", UsageError, "no far side"),
+        ("printer:x", UsageError, "no port scheme"),
+        ("packet:?capture=/nowhere/x", PortError, "No such file"),
+    ],
+)
+def test_an_uplink_that_cannot_be_leaves_no_switch(uplink, error, text):
+    async def main():
+        with pytest.raises(error, match=text):
+            await open_port(f"switch:lan?uplink={uplink}")
+        assert not switches
+
+    asyncio.run(main())
+
+
+def test_uplinks_are_bounded():
+    async def main():
+        port = await open_port("switch:lan")
+        for number in range(UPLINKS_MAX):
+            await switches["lan"].join(f"packet:?capture-max={number}")  # without a capture it means nothing
+        with pytest.raises(UsageError, match="the most"):
+            await switches["lan"].join("packet:")
+        await port.close()
+        assert not switches
 
     asyncio.run(main())
 

@@ -125,6 +125,34 @@ def test_a_switch_between_them():
     assert 0 < listener["rx_packets"] < 100 < left["rx_packets"]
 
 
+async def uplinked():
+    """A guest's stack on a switch, and one behind the switch's uplink."""
+    async with Station() as one, Station() as two:
+        guest = await open_port(f"tap:eth0?up=0&mac=guest&netns={one.netns}")
+        port = await open_port(f"switch:lan?source=own&uplink=tap:up0?netns={two.netns}")
+        guest.start(port)
+        port.start(guest)
+        await until(lambda: port.peer and guest._link)
+        for end in (guest, port):  # what a driver between them would say
+            end.link(up(ALL, mac=station(3)))
+        await one.ask("up", device="eth0", address="10.0.0.1")
+        await two.ask("up", device="up0", address="10.0.0.2")
+        assert await one.ask("ping", host="10.0.0.2") == 3
+        await transfer(one, two, "10.0.0.2")
+        await transfer(two, one, "10.0.0.1")
+        mtu = (await two.ask("link", device="up0"))["mtu"]
+        spoofed = port.spoofed
+        await guest.close()
+        await port.close()
+        with pytest.raises(RuntimeError, match="No such device"):
+            await two.ask("link", device="up0")
+        return [mtu, spoofed]
+
+
+def test_an_uplink_of_a_switch():
+    assert netlab.run(uplinked) == [1500, 0]
+
+
 async def lowered(by_us: str):
     async with two_stations() as (one, two, left, right):
         plain = []

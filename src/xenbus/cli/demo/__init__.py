@@ -9,7 +9,7 @@ import click
 from xenbus.cli.context import json_option
 
 
-@click.command("demo", short_help="Show the whole of it: a host, a guest, a disk, data, faults.")
+@click.command("demo", short_help="Show the whole of it: a host, guests, disks, a network, faults.")
 @json_option
 @click.option(
     "--image",
@@ -26,8 +26,8 @@ from xenbus.cli.context import json_option
     help="The host's directory (a temporary one).",
 )
 def command(as_json: bool, image: Path | None, hold: bool, directory: Path | None) -> int:
-    """Start a host with a guest, give it a disk, move data through the ring, plug, suspend, kill: and check
-    everything. The exit code is 0 only if all of it held.
+    """Start a host with a guest, give it a disk, move data through the ring, let two more guests talk through
+    it, plug, suspend, kill: and check everything. The exit code is 0 only if all of it held.
 
     \b
     Example:

@@ -6,14 +6,17 @@ import asyncio
 import shutil
 import signal
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+from xenbus.cli.demo.picture import furnish
 from xenbus.cli.demo.show import Data, Person, Show
-from xenbus.cli.demo.stage import Stage
-from xenbus.cli.demo.steps import GUEST, SCRATCH, STEPS, give_disk
+from xenbus.cli.demo.stage import GUEST, Stage, give, give_disk
+from xenbus.cli.demo.steps import SCRATCH, STEPS
 from xenbus.drivers.block import image as shipped
 from xenbus.drivers.block.blkif import SECTOR_SIZE
 from xenbus.errors import UsageError, XenbusError
+from xenbus.toolstack.console import ConsoleSpec
 
 
 def run(*, as_json: bool, image: Path | None, hold: bool, directory: Path | None) -> int:
@@ -78,11 +81,17 @@ async def _run(stage: Stage, hold: bool) -> int:
 
 
 async def _hold(stage: Stage) -> None:
-    """Up until Ctrl-C, with a guest and its disk to play with."""
+    """Up until Ctrl-C: a guest with its disk, and around it the seed's picture, to play with."""
     await stage.toolstack.create(GUEST)
     await give_disk(stage, GUEST, stage.image, "xvda")
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stage.show.step(f"Held: xenbus tree --dir {stage.root} (Ctrl-C ends it)")
-    await stop.wait()
+    async with AsyncExitStack() as exits:
+        made = await furnish(stage, exits)
+        await made.talk.ready()
+        await give(stage, ConsoleSpec(made.left.domid).device())
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stage.show.step(f"Held until Ctrl-C: xenbus tree --dir {stage.root}")
+        for hint in made.talk.hints():
+            stage.show.note(hint)
+        await stop.wait()

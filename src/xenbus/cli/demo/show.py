@@ -22,6 +22,10 @@ class Show(Protocol):
         """Something that was checked and holds; `data` is what --json keeps of it."""
         ...
 
+    def note(self, text: str) -> None:
+        """What a person may want to know, or do next."""
+        ...
+
     def tree(self, trees: Mapping[str, list[str]]) -> None:
         """Each domain's device tree, as its control socket gives it."""
         ...
@@ -46,6 +50,9 @@ class Person:
 
     def fact(self, text: str, /, **data: object) -> None:
         self._console.print(Text("   ok  ", style="green") + Text(text))
+
+    def note(self, text: str) -> None:
+        self._console.print(Text("       " + text))
 
     def tree(self, trees: Mapping[str, list[str]]) -> None:
         for domain, lines in trees.items():
@@ -84,6 +91,9 @@ class Data:
 
     def fact(self, text: str, /, **data: object) -> None:
         self._steps[-1]["facts"].append({"text": text, **data})
+
+    def note(self, text: str) -> None:
+        print(f"xenbus demo: {text}", file=sys.stderr)  # noqa: T201 - as above
 
     def tree(self, trees: Mapping[str, list[str]]) -> None:
         self._steps[-1]["trees"].append(dict(trees))

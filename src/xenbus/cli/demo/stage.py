@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xenbus.cli.demo import kernels
 from xenbus.cli.demo.show import Show
 from xenbus.domain.layout import CONTROL_DOMAIN
 from xenbus.domain.rpc import RpcClient
 from xenbus.errors import DeadlineError, NoEntry, XenbusError
+from xenbus.toolstack.block import DiskSpec
+from xenbus.toolstack.devices import DeviceSpec, wait_connected, write_device
 from xenbus.toolstack.domains import Toolstack
+from xenbus.toolstack.paths import DevicePaths
 
+GUEST = "guest"
 START_DEADLINE = 60.0
 
 
@@ -32,12 +38,17 @@ def check(holds: object, otherwise: str) -> None:
 
 @dataclass(slots=True)
 class Stage:
-    """One demo's surroundings. `verified` is what the last line lists."""
+    """One demo's surroundings.
+
+    verified:   what the last line lists
+    no_kernels: why guests can have no kernel's network stack here; "" if they can
+    """
 
     root: Path
     image: Path
     show: Show
     verified: list[str] = field(default_factory=list)
+    no_kernels: str = "no host yet"
     _host: asyncio.subprocess.Process | None = None
     _toolstack: Toolstack | None = None
 
@@ -50,8 +61,19 @@ class Stage:
         self.verified.append(what)
 
     async def start_host(self) -> None:
-        """`xenbus up` in a process of its own, as an operator runs it."""
-        command = (sys.executable, "-m", "xenbus.cli.main", "up", "--until-eof", "--dir", str(self.root))
+        """`xenbus up` in a process of its own, as an operator runs it, if possible in a user namespace."""
+        self.no_kernels = await kernels.missing()
+        around = () if self.no_kernels else kernels.IN_NAMESPACE
+        command = (
+            *around,
+            sys.executable,
+            "-m",
+            "xenbus.cli.main",
+            "up",
+            "--until-eof",
+            "--dir",
+            str(self.root),
+        )
         pipe = asyncio.subprocess.PIPE
         self._host = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, start_new_session=True
@@ -64,6 +86,11 @@ class Stage:
             raise DeadlineError("the host to be ready", "xenbus up", START_DEADLINE) from None
         check(line.strip() == b"ready", f"xenbus up did not start; see the logs in {self.root}/log")
         self._toolstack = await Toolstack.open(self.root)
+
+    @property
+    def host_pid(self) -> int:
+        assert self._host is not None
+        return self._host.pid
 
     async def stop_host(self) -> None:
         if self._toolstack is not None:
@@ -123,6 +150,23 @@ class Stage:
             if now == before or loop.time() > end:
                 return now
             await asyncio.sleep(0.05)
+
+
+async def give(stage: Stage, spec: DeviceSpec) -> DevicePaths:
+    """A device, once both ends are Connected."""
+    await write_device(stage.toolstack.store, spec)
+    await wait_connected(stage.toolstack.store, spec.paths)
+    return spec.paths
+
+
+async def give_disk(stage: Stage, name: str, image: Path, vdev: str, back: int = 0) -> DevicePaths:
+    guest = await stage.toolstack.find(name)
+    return await give(stage, DiskSpec(guest.domid, str(image), vdev, back_domid=back).device())
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _descriptors(pid: int) -> int:

@@ -12,36 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from xenbus.cli.demo import peers
-from xenbus.cli.demo.stage import Stage, check, differences
+from xenbus.cli.demo.picture import picture
+from xenbus.cli.demo.stage import GUEST, Stage, check, differences, digest, give_disk
 from xenbus.domain.layout import CONTROL_DOMAIN
 from xenbus.drivers.block.nbd import NbdClient
-from xenbus.toolstack.block import DiskSpec
-from xenbus.toolstack.devices import detach_device, wait_connected, write_device
+from xenbus.toolstack.devices import detach_device, wait_connected
 from xenbus.toolstack.domains import DomainInfo
 from xenbus.toolstack.paths import DevicePaths
 
-GUEST, STORAGE, BRIEF = "guest", "storage", "brief"
+STORAGE, BRIEF = "storage", "brief"
 SCRATCH = 1 << 20  # the last MiB of the disk is where the demo writes
 CHUNK = 1 << 20
 
 Step = Callable[[Stage], Awaitable[None]]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _rate(count: float, seconds: float) -> str:
     return f"{count / seconds / 1e6:.0f} MB/s" if seconds else "-"
-
-
-async def give_disk(stage: Stage, name: str, image: Path, vdev: str, back: int = 0) -> DevicePaths:
-    guest = await stage.toolstack.find(name)
-    spec = DiskSpec(guest.domid, str(image), vdev, back_domid=back).device()
-    await write_device(stage.toolstack.store, spec)
-    await wait_connected(stage.toolstack.store, spec.paths)
-    return spec.paths
 
 
 async def start(stage: Stage) -> None:
@@ -82,7 +69,7 @@ async def data(stage: Stage) -> None:
                 timeout=600.0,
                 progress=lambda p: advance(p["done"]),
             )
-    expected = _digest(stage.image)
+    expected = digest(stage.image)
     check(result["sha256"] == expected, f"SHA-256 {result['sha256']} in the guest, {expected} in the file")
     rate = _rate(result["bytes"], result["seconds"])
     stage.show.fact(f"{result['bytes']} bytes read in the guest at {rate}, SHA-256 as the file's", **result)
@@ -117,7 +104,7 @@ async def nbd(stage: Stage) -> None:
     async with await stage.connect(GUEST) as guest:
         await guest.call("device", device="xbd0", operation="nbd_start", socket=str(socket))
         found = await _read_export(stage, socket)
-        expected = _digest(stage.image)
+        expected = digest(stage.image)
         check(found == expected, f"SHA-256 {found} over NBD, {expected} in the file")
         stage.show.fact("our own NBD client reads the same bytes", sha256=found)
         stage.did("NBD")
@@ -177,7 +164,7 @@ async def hotplug(stage: Stage) -> None:
         paths = await give_disk(stage, GUEST, second, "xvdb")
         await stage.show_trees()
         result = await stage.disk(GUEST, "xbd1", "digest")
-        check(result["sha256"] == _digest(second), "the second disk read other bytes")
+        check(result["sha256"] == digest(second), "the second disk read other bytes")
         await detach_device(stage.toolstack.store, paths)
         await stage.until(lambda: _has_not(stage, GUEST, "xbd1"), "xbd1 to leave the guest's tree")
     stage.show.fact(f"xbd1 came, was read and went; {load.words()}", **load.result)
@@ -216,7 +203,7 @@ async def _restore(stage: Stage, guest: DomainInfo) -> None:
         paths = DevicePaths("vbd", 51712, reborn.domid, storage.domid)
         await wait_connected(stage.toolstack.store, paths)
     check(reborn.domid != guest.domid, "the domid is still the old one")
-    sums = (await stage.disk(GUEST, "xbd0", "digest"))["sha256"], _digest(stage.image)
+    sums = (await stage.disk(GUEST, "xbd0", "digest"))["sha256"], digest(stage.image)
     check(sums[0] == sums[1], "the disk reads other bytes after the restore")
     await stage.show_trees()
     moved = f"domain {guest.domid} is now {reborn.domid}, its back end in domain {storage.domid}"
@@ -280,4 +267,4 @@ async def _bury(stage: Stage, name: str) -> None:
     await stage.toolstack.destroy(info.domid)
 
 
-STEPS: tuple[Step, ...] = (start, attach, data, nbd, hotplug, suspend, shutdown, kill)
+STEPS: tuple[Step, ...] = (start, attach, data, nbd, picture, hotplug, suspend, shutdown, kill)

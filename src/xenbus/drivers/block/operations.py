@@ -25,6 +25,7 @@ CHUNK = 1 << 20  # bytes of one request when a whole disk is read
 READ_MAX = 512 << 10  # bytes that one `read` answers: base64 in one line of JSON
 DEPTH = 4  # chunks in flight
 LOAD_BLOCK = 4096
+LOAD_PATIENCE = 10.0
 EXPORTS_MAX = 8
 
 
@@ -122,7 +123,10 @@ class DiskOperations:
         return None
 
     async def _load_start(self, call: OperatorCall) -> object:
-        """Write, read back and compare blocks of a range until `load_stop`; errors are kept, not raised."""
+        """Write, read back and compare blocks of a range until `load_stop`; errors are kept, not raised.
+
+        Returns when it is under way, or has had LOAD_PATIENCE seconds: what is done next is done under load.
+        """
         if self._load is not None:
             raise UsageError("a load runs on this disk already")
         offset, length = self._range(call)
@@ -130,6 +134,9 @@ class DiskOperations:
             raise UsageError(f"a load needs a range of at least {LOAD_BLOCK} bytes")
         self._load = _Load(self._disk, offset, length)
         self._load.start(call.number("depth", DEPTH))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOAD_PATIENCE):
+                await self._load.moving.wait()
         return None
 
     async def _load_stop(self, call: OperatorCall) -> object:
@@ -174,6 +181,7 @@ class _Load:
     bytes: int = 0
     errors: list[str] = field(default_factory=list)
     longest: float = 0.0  # seconds one write and read took
+    moving: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _started: float = 0.0
 
@@ -202,6 +210,7 @@ class _Load:
                     self.errors.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.01)
             self.requests += 2
+            self.moving.set()
             self.bytes += 2 * LOAD_BLOCK
             self.longest = max(self.longest, time.monotonic() - begun)
 

@@ -7,10 +7,13 @@ xn_pool's, packets the port's.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 from collections.abc import Awaitable, Callable, Mapping
 from typing import ClassVar
 
 from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusDriver, XenbusState, front_driver
+from xenbus.bus.operations import Operation, OperatorCall
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.capture import CapturedPort
@@ -30,6 +33,8 @@ UNMAP_TIMEOUT = 3.0
 OWN_QUEUES_KEY = "xn-max-queues"
 # How often we offer a back end that closed a new connection, before one of them was served.
 TRIES = 5
+# Frames that one `receive` of an operator gives, at most.
+OPERATION_FRAMES = 64
 # A back end that stands there may have pages of ours mapped.
 _MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
 
@@ -219,6 +224,26 @@ class Xn(XenbusDriver):
             "data_pages": lambda: sum(link.data_pages for link in self._links),
             **cable.leaves(),
         }
+
+    def operations(self) -> Mapping[str, Operation]:
+        """See xenbus.bus.operations: the packet interface, for whoever has no program in the guest."""
+        return {"send": self._op_send, "receive": self._op_receive}
+
+    async def _op_send(self, call: OperatorCall) -> object:
+        try:
+            frame = base64.b64decode(call.text("data"), validate=True)
+        except binascii.Error as error:
+            raise UsageError(f"data is no base64: {error}") from None
+        await self.send(frame, call.number("seconds", 10))
+        return len(frame)
+
+    async def _op_receive(self, call: OperatorCall) -> object:
+        """One frame at least, and more that are there already."""
+        most = call.number("limit", OPERATION_FRAMES)
+        frames = [await self.recv(call.number("seconds", 10))]
+        while self.port.waiting and len(frames) < min(most, OPERATION_FRAMES):
+            frames.append(await self.recv(0))
+        return [base64.b64encode(frame).decode() for frame in frames]
 
     # -- the handshake
 

@@ -44,6 +44,7 @@ class SwitchPort:
         self.driver: End | None = None
         self.peer: Link | None = None  # the driver's end of the link, as long as it is up
         self.addresses: dict[bytes, _Seen] = {}  # who was silent longest comes first
+        self.own_source_only = False  # frames from another address than the driver's own are dropped
         self._waiting: deque[Packet] = deque()
         self._waiting_bytes = 0
         self._full = False
@@ -51,7 +52,7 @@ class SwitchPort:
         self._counted_at = switch.now()
         self.rx_packets = self.rx_bytes = self.rx_dropped = 0
         self.tx_packets = self.tx_bytes = self.tx_dropped = 0
-        self.flooded = self.flood_dropped = 0
+        self.flooded = self.flood_dropped = self.spoofed = 0
 
     @property
     def name(self) -> str:
@@ -63,8 +64,9 @@ class SwitchPort:
         return len(self._waiting)
 
     def counters(self) -> dict[str, int]:
-        names = "rx_packets rx_bytes rx_dropped tx_packets tx_bytes tx_dropped flooded flood_dropped waiting"
-        return {name: getattr(self, name) for name in names.split()} | {"addresses": len(self.addresses)}
+        names = "rx_packets rx_bytes rx_dropped tx_packets tx_bytes tx_dropped flooded flood_dropped spoofed"
+        found = {name: getattr(self, name) for name in names.split()}
+        return found | {"waiting": self.waiting, "addresses": len(self.addresses)}
 
     def start(self, driver: End) -> None:
         self.driver = driver
@@ -188,11 +190,14 @@ class Switch:
         self._forwarding = False
         self._later: deque[tuple[SwitchPort, Packet]] = deque()
 
-    def plug(self, kind: type[SwitchPort] = SwitchPort) -> SwitchPort:
-        """UsageError if it has PORTS_MAX."""
+    def plug(self) -> SwitchPort:
+        """A port. UsageError if it has PORTS_MAX."""
+        return self.add(SwitchPort(self))
+
+    def add(self, port: SwitchPort) -> SwitchPort:
+        """A port of a kind of its own."""
         if len(self.ports) >= PORTS_MAX:
             raise UsageError(f"switch {self.name}: all its {PORTS_MAX} ports are in use")
-        port = kind(self)
         self.ports.append(port)
         return port
 
@@ -253,6 +258,9 @@ class Switch:
             destination, origin = bytes(data[:6]), bytes(data[6:12])
             if len(data) < ETH_HLEN or origin[0] & 1 or destination in _RESERVED:
                 source.tx_dropped += 1
+                continue
+            if source.own_source_only and (source.peer is None or origin != source.peer.mac):
+                source.spoofed += 1
                 continue
             source.tx_packets += 1
             source.tx_bytes += len(data)

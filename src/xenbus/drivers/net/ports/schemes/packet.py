@@ -62,6 +62,11 @@ class PacketPort:
                 return
             self._full = True
 
+    @property
+    def waiting(self) -> int:
+        """Packets that `get` would give at once."""
+        return len(self._received)
+
     def put_many(self, packets: Sequence[Packet]) -> int:
         """As many as there is room for now: how many that were."""
         if not self._can_send() or self._driver is None:
@@ -105,7 +110,7 @@ class PacketPort:
     # -- Port
 
     def counters(self) -> dict[str, int]:
-        return {"dropped": self.dropped, "waiting": len(self._received)}
+        return {"dropped": self.dropped, "waiting": self.waiting}
 
     def start(self, driver: End) -> None:
         self._driver = driver
