@@ -47,6 +47,25 @@ def message(n: int) -> bytes:
     return struct.pack("<QQ", n, n ^ 0xFFFF)
 
 
+@pytest.mark.parametrize("start", [0, 2, 3, MASK - 1])
+def test_answers_made_in_private_leave_the_requests_on_the_ring_until_they_are_pushed(start):
+    front, back = pair(4, start)
+    for n in range(4):
+        front.put_request(message(n))
+    front.push_requests()
+    assert len(back.take_requests()) == 4
+    before, private = bytes(back.slots), bytearray(len(back.slots))
+    for n in range(3):
+        at = back.claim_response()
+        private[at : at + SLOT] = message(100 + n)
+    assert bytes(back.slots) == before
+    assert BackRing(memoryview(front.slots.obj), SLOT).take_requests() == [message(n) for n in range(4)]
+    assert back.push_responses_of(private)
+    assert not back.push_responses_of(private)
+    assert front.take_responses() == [message(100 + n) for n in range(3)]
+    assert BackRing(memoryview(front.slots.obj), SLOT).take_requests() == [message(3)]
+
+
 def test_sizes_of_the_header():
     # __RING_SIZE: blkif's slot of 112 bytes gives 32 in a page, 64 in two, 512 in sixteen.
     assert [ring_size(112, 4096 * n) for n in (1, 2, 4, 8, 16)] == [32, 64, 128, 256, 512]

@@ -252,6 +252,21 @@ class BackRing(SharedRing):
         self._published = new
         return _publish(self.words, RSP_PROD, RSP_EVENT, old, new)
 
+    def push_responses_of(self, slots: bytearray) -> bool:
+        """The same for whole slots that were put in a private copy of `slots`, at the offsets claimed.
+
+        Until here the shared slots hold their requests: a process that goes on for one that was killed while
+        it made its answers finds them. Between the copy and the index it would not, for a moment.
+        """
+        old, new = self._published, self.rsp_prod_pvt
+        count, step = (new - old) & MASK, self.slot_size
+        start = (old & self.slot_mask) * step
+        end, whole = start + count * step, self.size * step
+        self.slots[start : min(end, whole)] = slots[start : min(end, whole)]
+        if end > whole:
+            self.slots[: end - whole] = slots[: end - whole]
+        return self.push_responses()
+
     def final_check_for_requests(self) -> bool:
         """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_REQUESTS). RingError."""
         if self.unconsumed_requests():

@@ -45,14 +45,22 @@ async def transfer(sender, receiver, host, family="inet", size=SIZE):
     assert await receiver.ask("heard") == {"sha256": sent, "bytes": size}
 
 
+async def link_local(station, device):
+    async with asyncio.timeout(10):
+        while not (address := (await station.ask("link", device=device))["inet6"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return address
+
+
 async def exercise(one, two, right):
     assert await one.ask("ping", host="10.0.0.2") == 3
     await transfer(one, two, "10.0.0.2")
     await transfer(two, one, "10.0.0.1")
     port = await two.ask("udp_serve")
     assert await one.ask("udp_ask", host="10.0.0.2", port=port, size=1400, count=50) == 50
-    address = (await two.ask("link", device=right.interface))["inet6"]
-    assert address
+    # The kernel gives them some time after the link was up.
+    await link_local(one, "left")
+    address = await link_local(two, right.interface)
     await transfer(one, two, address.replace(right.interface, "left"), "inet6")
 
 

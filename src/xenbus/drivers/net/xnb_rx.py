@@ -84,6 +84,7 @@ class RxQueue:
         on_fatal: Callable[[PeerError], None],
     ) -> None:
         self._ring = ring
+        self._answers = bytearray(len(ring.slots))  # as the ring will have them
         self._pages = pages
         self._cable = cable
         self._counters = cable.counters
@@ -263,8 +264,7 @@ class RxQueue:
 
     def _finish(self, out: Sequence[tuple[Sequence[Piece], Buffer]], answers: Sequence[_Answer]) -> None:
         """Copy, answer."""
-        ring, counters, pack = self._ring, self._counters, RX_RESPONSE.pack_into
-        slots = ring.slots
+        ring, counters, pack, slots = self._ring, self._counters, RX_RESPONSE.pack_into, self._answers
         sent = octets = 0
         for (_, data), done, answer in zip(out, self._pages.store(out), answers, strict=True):
             if done:
@@ -291,13 +291,13 @@ class RxQueue:
                 [((ident, flags, size),) for _, ident, flags, size, _ in packets],
             )
             return
-        ring, pack, octets = self._ring, RX_RESPONSE.pack_into, 0
+        ring, pack, slots, octets = self._ring, RX_RESPONSE.pack_into, self._answers, 0
         for _, ident, flags, size, _ in packets:
-            pack(ring.slots, ring.claim_response(), ident, 0, flags, size)
+            pack(slots, ring.claim_response(), ident, 0, flags, size)
             octets += size
         self._counters.tx_packets += len(packets)
         self._counters.tx_bytes += octets
 
     def _push(self) -> None:
-        if self._ring.push_responses() and self._channel is not None:
+        if self._ring.push_responses_of(self._answers) and self._channel is not None:
             self._channel.notify()
