@@ -79,6 +79,7 @@ async def life(nic: Nic, here: Station, tmp_path) -> None:
     await nic.end()
 
 
+@pytest.mark.features  # long
 def test_xn_on_netback(tmp_path):
     """Ours in a guest, with the guest's own stack behind a TAP, on Linux's back end."""
 
