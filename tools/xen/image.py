@@ -37,10 +37,10 @@ PACKAGES = (
 # What a named image has in dom0 besides; each is an image of its own.
 VARIANTS: dict[str, str] = {"": "", "bench": "qemu-system-xen,fio"}
 DOM0_MODULES = (
-    "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront xen-netfront "
+    "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"
 ).split()
-GUEST_MODULES = "crc32c_generic ext4 xen-blkfront xen-netfront".split()
+GUEST_MODULES = "crc32c_generic ext4 xen-blkfront".split()
 # Big, and nothing in dom0 reads it: the image is unpacked by an emulated CPU at every boot.
 LEFT_OUT = re.compile(
     r"usr/share/(doc|man|locale|zoneinfo|perl|perl5|lintian|bash-completion|info)/"

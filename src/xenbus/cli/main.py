@@ -17,7 +17,7 @@ from xenbus.cli import exits
 # Name -> (module below xenbus.cli, its help in one line). The module's command is called `command`. The
 # line stands here so that `xenbus --help` need not import the module; a test holds the two together.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "Show the whole of it: a host, a guest, a disk, data, faults."),
+    "demo": ("demo", "Show the whole of it: a host, guests, disks, a network, faults."),
     "up": ("up", "Start a host: supervisor, store, domain 0."),
     "serve": ("serve", "Serve a real Xen's guests: the back ends of this domain."),
     "domain": ("domain", "Create, end, suspend and list domains."),
