@@ -1,6 +1,5 @@
 """`xenbus console` in a terminal and in pipes, on a real host; the guest is spoken for over its socket."""
 
-import asyncio
 import base64
 import json
 import os
@@ -12,38 +11,21 @@ import termios
 import time
 
 import pytest
-from tests.support.hosts import Site, up
+from tests.support.hosts import visit
 
 from xenbus.cli.attachment import open_terminal, parse_escape
-from xenbus.cli.main import run
 from xenbus.errors import UsageError, XenbusError
 
 XENBUS = [sys.executable, "-m", "xenbus.cli.main"]
 PATIENCE = 15.0
 
 
-@pytest.fixture(scope="module")
-def host():
-    with up() as running:
-        yield running
-
-
 @pytest.fixture
-def xenbus(host, monkeypatch, capsys):
-    monkeypatch.setenv("XENBUS_DIR", str(host.root))
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*words):
-        capsys.readouterr()
-        code = run(list(words))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err, err
-        return int(code), out, err
-
-    call("domain", "create", "g")  # unless an earlier test did
-    yield call
+def xenbus(on_host):
+    on_host("domain", "create", "g")  # unless an earlier test did
+    yield on_host
     for number in (1, 2):
-        call("detach", f"g/console{number}")
+        on_host("detach", f"g/console{number}")
 
 
 class Guest:
@@ -53,11 +35,7 @@ class Guest:
         self._root = host.root
 
     def _ask(self, operation, **given):
-        async def main():
-            async with Site.open(self._root) as site:
-                return await site.operate("g", "xc1", operation, **given)
-
-        return asyncio.run(main())
+        return visit(self._root, lambda site: site.operate("g", "xc1", operation, **given))
 
     def write(self, data):
         assert self._ask("write", data=base64.b64encode(data).decode()) == len(data)

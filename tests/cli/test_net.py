@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 from tests.drivers.net.test_tap import transfer
 from tests.support import netlab
-from tests.support.hosts import Site, up
+from tests.support.hosts import Site, up, visit
 from tests.support.station import Station
 
 from xenbus.cli.demo.stage import differences
-from xenbus.cli.main import run
 from xenbus.errors import XenbusError
 from xenbus.toolstack.devices import detach_device, wait_connected, write_device
 from xenbus.toolstack.net import NicSpec
@@ -29,37 +28,13 @@ LARGE = 64 << 20
 ERRORS = ("rx_errors", "tx_errors", "rx_length_errors", "rx_frame_errors", "rx_copy_errors", "last_error")
 
 
-@pytest.fixture(scope="module")
-def host():
-    with up() as running:
-        yield running
-
-
 @pytest.fixture
-def xenbus(host, monkeypatch, capsys):
-    monkeypatch.setenv("XENBUS_DIR", str(host.root))
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*words):
-        capsys.readouterr()
-        code = run(list(words))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err, err
-        return int(code), out, err
-
+def xenbus(on_host):
     for name in ("g", "h"):
-        call("domain", "create", name)  # unless an earlier test did
-    yield call
+        on_host("domain", "create", name)  # unless an earlier test did
+    yield on_host
     for name in ("g/vif0", "g/vif1", "h/vif0"):
-        call("detach", name)
-
-
-def site(host, test):
-    async def main():
-        async with Site.open(host.root) as found:
-            return await test(found)
-
-    return asyncio.run(main())
+        on_host("detach", name)
 
 
 def gone(xenbus, word, name="g"):
@@ -103,7 +78,7 @@ def test_frames_through_the_control_sockets(host, xenbus):
             refused.append(str(caught.value))
         return got, refused
 
-    got, (no_data, nothing) = site(host, both)
+    got, (no_data, nothing) = visit(host.root, both)
     assert got == frames
     assert "no base64" in no_data and "a packet" in nothing
 
@@ -138,7 +113,7 @@ def test_detached_they_hold_nothing(host, xenbus):
             attach(xenbus, name)
         for name in ("g/vif0", "h/xn0"):
             assert xenbus("detach", name) == (0, "", "")
-        found.append(site(host, lambda made: made.baseline()))
+        found.append(visit(host.root, lambda made: made.baseline()))
     assert differences(*found) == []
 
 

@@ -8,33 +8,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.support.hosts import up
 
-from xenbus.cli.main import run
 from xenbus.toolstack import xenhost
 
 
-@pytest.fixture(scope="module")
-def host():
-    with up() as running:
-        yield running
-
-
 @pytest.fixture
-def xenbus(host, monkeypatch, capsys):
-    monkeypatch.setenv("NO_COLOR", "1")
+def xenbus(host, command, monkeypatch):
     monkeypatch.delenv("XENBUS_DIR", raising=False)
     monkeypatch.setenv("XENBUS_STORE", str(host.root / "xenstored" / "socket"))
     monkeypatch.setenv("XENBUS_RUN", str(host.root / "control"))
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run(list(words))
-        out, err = capsys.readouterr()
-        return int(code), out, err
-
-    yield call
-    call("domain", "destroy", "g", "--dir", str(host.root))
+    yield command
+    command("domain", "destroy", "g", "--dir", str(host.root))
 
 
 def foreign(xenbus, domid: str) -> None:

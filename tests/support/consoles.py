@@ -5,31 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.split import Guest, World, use, world
+from tests.support.pair import SETTINGS, Pair
+from tests.support.split import Guest, World
 from tests.support.until import until
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.console import Xc, Xcb
 from xenbus.toolstack.console import ConsoleSpec
 from xenbus.toolstack.devices import detach_device, write_device
 
-SETTINGS = Settings(callback=5.0, detach=2.0, boot=2.0)
 
+class Rig(Pair):
+    """`stream` is what the guest's programs have."""
 
-class Rig:
-    """`front` and `back` are drivers; `stream` is what the guest's programs have."""
+    kind = "console"
+    devid = 1
 
     def __init__(self, made: World, dom0: Guest, guest: Guest) -> None:
-        self.world, self.dom0, self.guest = made, dom0, guest
-        self.before = dom0.hv.held(), guest.hv.held()
-        self.spec = ConsoleSpec(1, 1).device()
+        super().__init__(made, dom0, guest)
+        self.spec = ConsoleSpec(guest.domid, self.devid).device()
 
     async def plug(self, **given: Any) -> Rig:
-        self.spec = ConsoleSpec(self.guest.domid, 1, **given).device()
+        self.spec = ConsoleSpec(self.guest.domid, self.devid, **given).device()
         await write_device(self.world.tool, self.spec)
         await until(lambda: self.guest.front.devices and self.dom0.back.devices)
         return self
@@ -39,24 +38,8 @@ class Rig:
         return await self.both(XenbusState.CONNECTED)
 
     async def both(self, state: XenbusState) -> Rig:
-        await until(lambda: self.front_dev.state is self.back_dev.state is state)
+        await self.states(state, state)
         return self
-
-    @property
-    def front_dev(self) -> Any:
-        return self.guest.front.devices["device/console/1"]
-
-    @property
-    def back_dev(self) -> Any:
-        return self.dom0.back.devices[f"backend/console/{self.guest.domid}/1"]
-
-    @property
-    def front(self) -> Any:
-        return self.front_dev.driver
-
-    @property
-    def back(self) -> Any:
-        return self.back_dev.driver
 
     @property
     def stream(self) -> Any:
@@ -65,14 +48,10 @@ class Rig:
     def operator(self) -> Operator:
         return Operator(self.back.sysctl()["tty"]())
 
-    def held(self) -> tuple[Any, Any]:
-        return self.dom0.hv.held(), self.guest.hv.held()
-
     async def gone(self, **given: Any) -> None:
         """Detached in order; neither side holds anything."""
         await detach_device(self.world.tool, self.spec.paths, timeout=5, **given)
-        await until(lambda: not self.guest.front.devices and not self.dom0.back.devices)
-        await until(lambda: self.held() == self.before)
+        await self.removed()
 
 
 class Operator:
@@ -116,16 +95,9 @@ class Operator:
         return seen
 
 
-@asynccontextmanager
-async def rig(front: Any = Xc, back: Any = Xcb, settings: Settings = SETTINGS) -> AsyncIterator[Rig]:
+def rig(front: Any = Xc, back: Any = Xcb, settings: Settings = SETTINGS) -> Any:
     """Both domains up, no console yet."""
-    async with world() as made:
-        use(made, front, back, "console")
-        dom0, guest = await made.guest(0, settings), await made.guest(1, settings)
-        found = Rig(made, dom0, guest)
-        await dom0.attach()
-        await guest.attach()
-        yield found
+    return Rig.rig(front, back, settings)
 
 
 def log_of(path: Path) -> bytes:

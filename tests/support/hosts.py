@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from xenbus.cli.demo.stage import Stage, differences
 from xenbus.domain.rpc import RpcClient
@@ -26,6 +27,8 @@ from xenbus.toolstack.domains import Toolstack
 
 READY = 20.0  # seconds
 END = 30.0
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -165,6 +168,21 @@ class Site:
 
     async def processes(self) -> dict[str, int]:
         return await self.host.call("processes")
+
+
+def visit(root: Path, test: Callable[[Site], Awaitable[Result]]) -> Result:
+    """`await test(site)` on the host in that directory, from a test that is no coroutine."""
+
+    async def main() -> Result:
+        async with Site.open(root) as found:
+            return await test(found)
+
+    return asyncio.run(main())
+
+
+def processes(root: Path) -> list[int]:
+    """The numbers of a host's processes."""
+    return list(visit(root, Site.processes).values())
 
 
 def alive(pid: int) -> bool:

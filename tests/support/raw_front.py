@@ -7,8 +7,9 @@ import random
 
 import pytest
 
+from tests.support.raw_vbd import RawFront
 from tests.support.until import until
-from tests.support.vbd import RawFront, rig
+from tests.support.vbd import rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import blkif
 

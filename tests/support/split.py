@@ -6,7 +6,7 @@ All real parts, in one process. `World` is the toolstack too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -143,6 +143,16 @@ async def world() -> AsyncIterator[World]:
                 await guest.stop()
         await made.tool.close()
         await made.daemon.close()
+
+
+def in_world(check: Callable[[World], Awaitable[None]]) -> None:
+    """Runs `check(world)`."""
+
+    async def run() -> None:
+        async with world() as made:
+            await check(made)
+
+    asyncio.run(run())
 
 
 class Recorder(XenbusDriver):

@@ -6,7 +6,8 @@ import asyncio
 import contextvars
 
 import pytest
-from tests.support.vbd import RawBack, rig
+from tests.support.raw_vbd import RawBack
+from tests.support.vbd import rig
 
 from xenbus.drivers.block import diskio
 from xenbus.drivers.block.blkif import BLKIF_RSP_OKAY

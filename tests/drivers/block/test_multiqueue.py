@@ -7,9 +7,10 @@ import itertools
 import random
 
 import pytest
+from tests.support.raw_vbd import RawFront, RawQueues
 from tests.support.troubled import Gated
 from tests.support.until import until
-from tests.support.vbd import RawFront, RawQueues, rig
+from tests.support.vbd import rig
 
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import Xbd, blkif, xbd
@@ -377,7 +378,7 @@ def test_what_was_in_flight_on_any_queue_goes_out_again(monkeypatch):
             r.world.machine.resume(1, new_domid=5)
             await parked
             gated.gate.set()  # the old back end writes to the old memory, and answers nobody
-            await r.world.unplug("vbd", r.vdev, 1)
+            await r.world.unplug("vbd", r.devid, 1)
             await until(lambda: not r.dom0.back.devices)
             await r.world.tool.rm("/local/domain/1")
             await r.world.tool.mkdir("/local/domain/5")
@@ -395,7 +396,7 @@ def test_what_was_in_flight_on_any_queue_goes_out_again(monkeypatch):
                 length = 4096 * (1 + n // 20 % 20)
                 assert await disk.read(n * 4096, length) == bytes([n % 251]) * length
             assert queue.inflight == queue.waiting == 0
-            await r.world.unplug("vbd", r.vdev, 5)
+            await r.world.unplug("vbd", r.devid, 5)
             await until(lambda: not r.guest.front.devices and not r.dom0.back.devices)
             await r.guest.back.resume(cancelled=False, store=store, hv=r.guest.hv)
 
@@ -410,7 +411,7 @@ def test_the_nodes_vanish_under_load():
             disk, front_dev, back_dev = r.disk, r.front_dev, r.back_dev
             reads = [asyncio.ensure_future(disk.read(n % 200 * 4096, 4096)) for n in range(600)]
             await asyncio.sleep(0)
-            await r.world.unplug("vbd", r.vdev)
+            await r.world.unplug("vbd", r.devid)
             for end in await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 10):
                 assert isinstance(end, bytes | LinkDown)
             await until(lambda: not r.guest.front.devices and not r.dom0.back.devices)

@@ -13,17 +13,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 from tests.support.back_process import STUCK, BackProcess
+from tests.support.killed_back import KilledBack
 from tests.support.until import until
 
-from xenbus.bus import FrontBus, Settings, XenbusState
+from xenbus.bus import XenbusState
 from xenbus.errors import LinkDown
-from xenbus.hypervisor.broker import Broker, connect
 from xenbus.hypervisor.interface import Held
-from xenbus.newbus import Newbus
 from xenbus.toolstack.block import DiskSpec
-from xenbus.toolstack.devices import detach_device, wait_connected, write_device
-from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
+from xenbus.toolstack.devices import detach_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 SIZE = 4 << 20
@@ -32,11 +29,9 @@ SHARE = 20  # pages of one caller: more than a request has segments
 S = XenbusState
 
 
-class Rig:
-    """A broker, a store, a guest with its front bus; back ends come and go."""
-
+class Rig(KilledBack):
     def __init__(self, tmp_path) -> None:
-        self.socket = str(tmp_path / "store")
+        super().__init__(tmp_path)
         self.journals = tmp_path / "journals"
         self.journals.mkdir(mode=0o700)
         self.image = tmp_path / "disk.img"
@@ -45,53 +40,18 @@ class Rig:
         self.done = 0
         self.working = False
         self.barriers = False  # behind one that hangs, others have not even begun
-        self.back: BackProcess | None = None
-
-    async def start(self) -> None:
-        self.broker = Broker()
-        for domid in (0, 1):
-            self.broker.create(domid)
-        self.zero, self.one = await connect(self.broker.handle(0)), await connect(self.broker.handle(1))
-        self.daemon = Daemon(self.zero)
-        await self.daemon.listen_unix(self.socket)
-        self.tool = await Client.connect(self.daemon.connect_local(0))
-        for domid in (0, 1):
-            await self.tool.write(f"/local/domain/{domid}/name", f"domain{domid}")
-            await self.tool.set_perms(f"/local/domain/{domid}", [f"n{domid}"])
-        store = await Client.connect(self.daemon.connect_local(1))
-        tree = Newbus()
-        parent = tree.add_child(tree.root, name="xenstore")
-        self.bus = FrontBus(store, self.one, parent, settings=Settings(detach=5.0))
-        await self.bus.attach()
-
-    async def close(self) -> None:
-        if self.back is not None and self.back.process.returncode is None:
-            await self.back.kill()
-        await self.bus.detach()
-        await self.bus.store.close()
-        await self.tool.close()
-        await self.daemon.close()
-        await self.one.close()
-        await self.zero.close()
-        await self.broker.close()
 
     async def rise(self, **options) -> BackProcess:
-        handle = self.broker.handle(0)
-        options.setdefault("journals", self.journals)
-        self.back = await BackProcess.start(self.socket, handle, **options)
-        return self.back
+        return await super().rise(**{"journals": self.journals, **options})
 
     async def plug(self, target: str | None = None) -> None:
-        self.spec = DiskSpec(1, target or str(self.image)).device()
-        await write_device(self.tool, self.spec)
-        await wait_connected(self.tool, self.spec.paths)
+        await self.add(DiskSpec(1, target or str(self.image)).device())
         self.disk = self.bus.devices["device/vbd/51712"].driver.disk
         await self.disk.connected(5)
 
     async def unplug(self) -> None:
-        assert await detach_device(self.tool, self.spec.paths)
+        await super().unplug()
         assert list(self.journals.iterdir()) == []
-        await until(lambda: self.broker.held(0) == Held(0, 0, 0))
 
     async def states(self) -> tuple[int, int]:
         paths = self.spec.paths
@@ -120,16 +80,6 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(tmp_path):
-    made = Rig(tmp_path)
-    await made.start()
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-@asynccontextmanager
 async def load(r: Rig, workers: int = 24):
     """Callers that check what they read. They must not fail while the body runs."""
     r.working = True
@@ -148,14 +98,6 @@ async def progress(r: Rig, count: int = 50) -> None:
     """So many more verified rounds."""
     goal = r.done + count
     await until(lambda: r.done >= goal, 30)
-
-
-def run(test, tmp_path):
-    async def main():
-        async with rig(tmp_path) as r:
-            await test(r)
-
-    asyncio.run(main())
 
 
 def test_killed_under_load_again_and_again(tmp_path):
@@ -180,7 +122,7 @@ def test_killed_under_load_again_and_again(tmp_path):
         await r.unplug()
         assert r.image.read_bytes() == r.model
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -200,7 +142,7 @@ def test_killed_at_any_moment(tmp_path):
         assert await r.disk.read(0, SIZE) == r.model
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_handed_over_under_load(tmp_path):
@@ -219,7 +161,7 @@ def test_handed_over_under_load(tmp_path):
         assert await r.disk.read(0, SIZE) == r.model
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_handed_over_behind_a_barrier(tmp_path):
@@ -238,7 +180,7 @@ def test_handed_over_behind_a_barrier(tmp_path):
         assert await r.disk.read(0, SIZE) == r.model
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_a_handover_with_a_request_that_does_not_end(tmp_path):
@@ -255,7 +197,7 @@ def test_a_handover_with_a_request_that_does_not_end(tmp_path):
         assert await r.disk.read(0, PAGE) == b"x" * PAGE
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 @pytest.mark.parametrize("why", ["no directory", "removed", "damaged", "another size", "memory"])
@@ -288,7 +230,7 @@ def test_what_cannot_go_on_closes_in_order(tmp_path, why):
             files[0].unlink()
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_a_process_that_is_not_quite_gone_is_waited_for(tmp_path):
@@ -309,7 +251,7 @@ def test_a_process_that_is_not_quite_gone_is_waited_for(tmp_path):
         await writing
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_a_second_process_leaves_the_first_one_s_devices_alone(tmp_path):
@@ -327,7 +269,7 @@ def test_a_second_process_leaves_the_first_one_s_devices_alone(tmp_path):
             await progress(r, 5)
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_without_inherits_a_former_process_s_devices_are_left_alone(tmp_path):
@@ -343,7 +285,7 @@ def test_without_inherits_a_former_process_s_devices_are_left_alone(tmp_path):
         assert (await r.disk.read(0, PAGE)) == r.model[:PAGE]
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_killed_while_it_closes(tmp_path):
@@ -360,4 +302,4 @@ def test_killed_while_it_closes(tmp_path):
         assert await detaching
         assert list(r.journals.iterdir()) == []
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)

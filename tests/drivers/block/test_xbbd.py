@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 from tests.support.raw_front import ERROR, OKAY, UNSUPPORTED, content, lying, marked, with_raw_front
-from tests.support.vbd import RawFront
+from tests.support.raw_vbd import RawFront
 
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import Xbbd, blkif

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from tests.support.raw_vbd import RawFront
 from tests.support.until import until
-from tests.support.vbd import SETTINGS, RawFront, rig
+from tests.support.vbd import SETTINGS, rig
 
 from xenbus.bus import XenbusState
 from xenbus.bus import journals as journals_

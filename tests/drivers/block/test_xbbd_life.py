@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.raw_front import OKAY, content, lying, marked, with_raw_front
+from tests.support.raw_vbd import RawFront
 from tests.support.tap import Tap
 from tests.support.until import descriptors, until
-from tests.support.vbd import RawFront, rig
+from tests.support.vbd import rig
 
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import Xbbd
@@ -36,11 +37,11 @@ def test_ring_indices_that_jump_end_this_device_alone(path, jump):
     async def run():
         async with rig(front=RawFront) as r:
             await r.plug(str(path))
-            r.vdev += 16
+            r.devid += 16
             await r.plug("memory:1M")
             await until(lambda: len(r.guest.front.devices) == len(r.dom0.back.devices) == 2)
             other, good_back = r.front_dev, r.back_dev
-            r.vdev -= 16
+            r.devid -= 16
             front_dev, back_dev = r.front_dev, r.back_dev
             await until(
                 lambda: all(d.state is XenbusState.CONNECTED for d in (other, good_back, front_dev, back_dev))
@@ -347,7 +348,7 @@ def test_a_driver_domain_that_is_restored(path):
             await parked
             assert dom0.hv.held().mapped_pages == 0
             # The toolstack moves the disk: the guest's old one goes, with what was in flight.
-            await world.unplug("vbd", r.vdev, 1, 2)
+            await world.unplug("vbd", r.devid, 1, 2)
             with pytest.raises(LinkDown):
                 await asyncio.wait_for(late, 5)
             await until(lambda: not r.guest.front.devices)

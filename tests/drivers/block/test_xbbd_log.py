@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 import pytest
+from tests.support.raw_vbd import RawFront
 from tests.support.until import until
-from tests.support.vbd import RawFront, rig
+from tests.support.vbd import rig
 
 from xenbus.bus import XenbusState
 from xenbus.bus.device_log import BURST

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.raw_vbd import RawFront
 from tests.support.until import until
-from tests.support.vbd import RawFront, rig
+from tests.support.vbd import rig
 
 from xenbus.bus import XenbusState
 from xenbus.drivers.block import DiskError, Xbbd, Xbd, blkif

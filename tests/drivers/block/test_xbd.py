@@ -7,8 +7,9 @@ import asyncio
 import random
 
 import pytest
+from tests.support.raw_vbd import RawBack
 from tests.support.until import until
-from tests.support.vbd import SETTINGS, RawBack, rig
+from tests.support.vbd import SETTINGS, rig
 
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.block import DiskError, Xbd, blkif, xbd
@@ -266,7 +267,7 @@ def test_the_nodes_vanish_under_load():
         disk, front_dev = r.disk, r.front_dev
         reads = [asyncio.ensure_future(disk.read(n * 512, 512)) for n in range(200)]
         await back.asked(32)
-        await r.world.unplug("vbd", r.vdev)
+        await r.world.unplug("vbd", r.devid)
         for end in await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5):
             assert isinstance(end, LinkDown) and "is gone" in str(end)
         await until(lambda: not r.guest.front.devices)
@@ -281,7 +282,7 @@ def test_the_back_ends_node_alone_is_removed():
     async def check(r, back):
         disk, front_dev = r.disk, r.front_dev
         with pytest.raises(Denied):
-            await r.guest.store.read(f"/local/domain/0/backend/vbd/1/{r.vdev + 16}/state")
+            await r.guest.store.read(f"/local/domain/0/backend/vbd/1/{r.devid + 16}/state")
         read = asyncio.ensure_future(disk.read(0, 512))
         await back.asked(1)
         await r.world.tool.rm(r.bnode)
@@ -445,7 +446,7 @@ def test_a_real_resume_sends_again_what_was_in_flight():
             await r.world.machine.suspended(1)
             r.world.machine.resume(1, new_domid=5)
             await parked
-            await r.world.unplug("vbd", r.vdev, 1)
+            await r.world.unplug("vbd", r.devid, 1)
             await until(lambda: not r.dom0.back.devices)
             await r.world.tool.rm("/local/domain/1")
             await r.world.tool.mkdir("/local/domain/5")
@@ -475,7 +476,7 @@ def test_a_real_resume_sends_again_what_was_in_flight():
             await asyncio.gather(*writes, read, flush, late)
             assert len(await read) == 1024
             # The guest's buses still stand on the old domain's place in the world: take the disk away there.
-            await r.world.unplug("vbd", r.vdev, 5)
+            await r.world.unplug("vbd", r.devid, 5)
             await until(lambda: not r.guest.front.devices and not r.dom0.back.devices)
             await r.guest.back.resume(cancelled=False, store=store, hv=r.guest.hv)
 

@@ -22,27 +22,36 @@ async def works(r):
         assert (await r.exchange(frame(60, 7), back=back)).data == frame(60, 7)
 
 
+def with_working(check, **given):
+    """Runs `check(rig)` once frames go both ways; how it ends is the check's own."""
+
+    async def run():
+        async with rig(**given) as r:
+            await r.up()
+            await works(r)
+            await check(r)
+
+    asyncio.run(run())
+
+
 async def rearm(r, node):
     """The half's `state` is written anew, as a toolstack or a hotplug event does it."""
     await r.world.tool.write(f"{node}/state", "1")
 
 
 def test_the_toolstack_unplugs_it():
-    async def run():
-        async with rig() as r:
-            await r.up()
-            await works(r)
-            near, far = r.near, r.far
-            await r.toolstack_close()
-            await r.states(S.CLOSED, S.CLOSED)
-            assert near.peer is None is far.peer
-            await until(lambda: r.held() == r.before)
-            assert not await r.world.tool.exists(f"{r.bnode}/hotplug-status")
-            await r.gone()
-            with pytest.raises(LinkDown):
-                await near.get(1)
+    async def check(r):
+        near, far = r.near, r.far
+        await r.toolstack_close()
+        await r.states(S.CLOSED, S.CLOSED)
+        assert near.peer is None is far.peer
+        await until(lambda: r.held() == r.before)
+        assert not await r.world.tool.exists(f"{r.bnode}/hotplug-status")
+        await r.gone()
+        with pytest.raises(LinkDown):
+            await near.get(1)
 
-    asyncio.run(run())
+    with_working(check)
 
 
 def test_both_nodes_vanish_at_once():
@@ -67,31 +76,25 @@ def test_plugged_again():
 def test_the_front_end_s_node_alone_vanishes():
     """A guest that died: xnb closes and gives everything back."""
 
-    async def run():
-        async with rig() as r:
-            await r.up()
-            await works(r)
-            back = r.back_dev
-            await r.world.tool.rm(r.fnode)
-            await until(lambda: not r.guest.front.devices)
-            await until(lambda: back.state is S.CLOSED)
-            await until(lambda: r.held() == r.before)
+    async def check(r):
+        back = r.back_dev
+        await r.world.tool.rm(r.fnode)
+        await until(lambda: not r.guest.front.devices)
+        await until(lambda: back.state is S.CLOSED)
+        await until(lambda: r.held() == r.before)
 
-    asyncio.run(run())
+    with_working(check)
 
 
 def test_the_back_end_s_node_alone_vanishes():
-    async def run():
-        async with rig() as r:
-            await r.up()
-            await works(r)
-            front = r.front_dev
-            await r.world.tool.rm(r.bnode)
-            await until(lambda: not r.dom0.back.devices)
-            await until(lambda: front.state is S.CLOSED)
-            await until(lambda: r.held() == r.before)
+    async def check(r):
+        front = r.front_dev
+        await r.world.tool.rm(r.bnode)
+        await until(lambda: not r.dom0.back.devices)
+        await until(lambda: front.state is S.CLOSED)
+        await until(lambda: r.held() == r.before)
 
-    asyncio.run(run())
+    with_working(check)
 
 
 def test_a_detached_bus():
@@ -373,34 +376,28 @@ async def restored(r, guest, domid):
 
 
 def test_a_guest_that_is_restored():
-    async def run():
-        async with rig() as r:
-            await r.up()
-            await works(r)
-            near, dev = r.near, r.front_dev
-            near.put_many([Packet(frame(60))] * 20)  # lost with the rings
-            await restored(r, r.guest, 5)
-            assert r.near is near
-            assert r.front_dev is dev
-            await r.world.unplug("vif", r.devid, 5)
-            await until(lambda: not r.guest.front.devices and not r.dom0.back.devices)
-            await until(lambda: r.held() == r.before)
+    async def check(r):
+        near, dev = r.near, r.front_dev
+        near.put_many([Packet(frame(60))] * 20)  # lost with the rings
+        await restored(r, r.guest, 5)
+        assert r.near is near
+        assert r.front_dev is dev
+        await r.world.unplug("vif", r.devid, 5)
+        await until(lambda: not r.guest.front.devices and not r.dom0.back.devices)
+        await until(lambda: r.held() == r.before)
 
-    asyncio.run(run())
+    with_working(check)
 
 
 def test_a_driver_domain_that_is_restored():
-    async def run():
-        async with rig(home=2) as r:
-            await r.up()
-            await works(r)
-            far, dev = r.far, r.back_dev
-            await restored(r, r.dom0, 7)
-            assert r.far is far
-            assert r.back_dev is dev
-            await r.gone()
+    async def check(r):
+        far, dev = r.far, r.back_dev
+        await restored(r, r.dom0, 7)
+        assert r.far is far
+        assert r.back_dev is dev
+        await r.gone()
 
-    asyncio.run(run())
+    with_working(check, home=2)
 
 
 def test_a_guest_that_may_have_no_more_watches():
@@ -429,15 +426,12 @@ def test_a_guest_that_may_have_no_more_watches():
 def test_the_store_goes_away():
     """What was taken of the hypervisor is given back though the store can be told nothing."""
 
-    async def run():
-        async with rig() as r:
-            await r.up()
-            await works(r)
-            await r.guest.store.close()
-            await r.guest.front.detach()
-            assert r.guest.hv.held() == r.before[1]
-            await r.dom0.store.close()
-            await r.dom0.back.detach()
-            assert r.dom0.hv.held() == r.before[0]
+    async def check(r):
+        await r.guest.store.close()
+        await r.guest.front.detach()
+        assert r.guest.hv.held() == r.before[1]
+        await r.dom0.store.close()
+        await r.dom0.back.detach()
+        assert r.dom0.hv.held() == r.before[0]
 
-    asyncio.run(run())
+    with_working(check)

@@ -7,84 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from tests.support import netlab
-from tests.support.back_process import BackProcess
+from tests.support.killed_back import KilledBack
 from tests.support.until import until
 from tests.support.vif import MAC, frame
 
-from xenbus.bus import FrontBus, Settings, XenbusState
+from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn
 from xenbus.errors import DeadlineError
-from xenbus.hypervisor.broker import Broker, connect
-from xenbus.hypervisor.interface import Held
-from xenbus.newbus import Newbus
-from xenbus.toolstack.devices import DeviceSpec, detach_device, wait_connected, write_device
+from xenbus.toolstack.devices import DeviceSpec
 from xenbus.toolstack.paths import DevicePaths
-from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 S = XenbusState
 
 
-class Rig:
-    """A broker, a store, a guest with its front bus; back ends come and go."""
-
-    def __init__(self, tmp_path) -> None:
-        self.socket = str(tmp_path / "store")
-        self.back: BackProcess | None = None
-
-    async def start(self) -> None:
-        self.broker = Broker()
-        for domid in (0, 1):
-            self.broker.create(domid)
-        self.zero, self.one = await connect(self.broker.handle(0)), await connect(self.broker.handle(1))
-        self.daemon = Daemon(self.zero)
-        await self.daemon.listen_unix(self.socket)
-        self.tool = await Client.connect(self.daemon.connect_local(0))
-        for domid in (0, 1):
-            await self.tool.write(f"/local/domain/{domid}/name", f"domain{domid}")
-            await self.tool.set_perms(f"/local/domain/{domid}", [f"n{domid}"])
-        store = await Client.connect(self.daemon.connect_local(1))
-        tree = Newbus()
-        parent = tree.add_child(tree.root, name="xenstore")
-        self.bus = FrontBus(store, self.one, parent, settings=Settings(detach=5.0))
-        await self.bus.attach()
-
-    async def close(self) -> None:
-        if self.back is not None and self.back.process.returncode is None:
-            await self.back.kill()
-        await self.bus.detach()
-        await self.bus.store.close()
-        await self.tool.close()
-        await self.daemon.close()
-        await self.one.close()
-        await self.zero.close()
-        await self.broker.close()
-
-    async def rise(self, **options) -> BackProcess:
-        self.back = await BackProcess.start(self.socket, self.broker.handle(0), **options)
-        return self.back
-
+class Rig(KilledBack):
     async def plug(self) -> None:
-        paths = DevicePaths("vif", 0, 1, 0)
-        self.spec = DeviceSpec(
-            paths,
-            {"mac": MAC, "mtu": "9000", "xenbus-port": "packet:?offloads=1"},
-            {"mac": MAC, "mtu": "9000", "xenbus-port": "echo:"},
-        )
-        await write_device(self.tool, self.spec)
-        await wait_connected(self.tool, paths)
+        given = {"mac": MAC, "mtu": "9000"}
+        front, back = given | {"xenbus-port": "packet:?offloads=1"}, given | {"xenbus-port": "echo:"}
+        await self.add(DeviceSpec(DevicePaths("vif", 0, 1, 0), front, back))
         self.port = self.bus.devices["device/vif/0"].driver.port
         await self.port.linked(5)
-
-    async def unplug(self) -> None:
-        assert await detach_device(self.tool, self.spec.paths)
-        await until(lambda: self.broker.held(0) == Held(0, 0, 0))
 
     async def echo(self, packet: Packet) -> None:
         """Until it comes back; what others left on the way is skipped."""
@@ -97,24 +44,6 @@ class Rig:
             await self.echo(Packet(frame(60, 1) + number.to_bytes(4, "big")))
         await self.echo(Packet(frame(9014, first)))
         await self.echo(Packet(frame(65535, first), True, True, Gso.TCPV4, 1448))
-
-
-@asynccontextmanager
-async def rig(tmp_path):
-    made = Rig(tmp_path)
-    await made.start()
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-def run(test, tmp_path):
-    async def main():
-        async with rig(tmp_path) as r:
-            await test(r)
-
-    asyncio.run(main())
 
 
 def test_killed_and_gone_on_with(tmp_path):
@@ -133,7 +62,7 @@ def test_killed_and_gone_on_with(tmp_path):
         assert seen == [], "the front saw more than a pause"
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_killed_in_the_middle_of_traffic(tmp_path):
@@ -172,7 +101,7 @@ def test_killed_in_the_middle_of_traffic(tmp_path):
         await r.echoes(7000)
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_handed_over(tmp_path):
@@ -185,18 +114,16 @@ def test_handed_over(tmp_path):
         await r.echoes(1000)
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 async def scripted(directory):
     """The TAP that a hotplug script has found: its index, over a kill and a hand-over; at the end it goes."""
-    async with rig(Path(directory)) as r:
+    async with Rig.rig(Path(directory)) as r:
         await r.rise()
-        paths = DevicePaths("vif", 0, 1, 0)
         script = {"script": "vif-bridge", "hotplug-status": "connected"}
-        r.spec = DeviceSpec(paths, {"mac": MAC}, {"mac": MAC, "handle": "0", **script})
-        await write_device(r.tool, r.spec)
-        await wait_connected(r.tool, paths)
+        back = {"mac": MAC, "handle": "0", **script}
+        await r.add(DeviceSpec(DevicePaths("vif", 0, 1, 0), {"mac": MAC}, back))
         found = [socket.if_nametoindex("vif1.0")]
         await r.back.kill()
         found.append(socket.if_nametoindex("vif1.0"))
@@ -230,7 +157,7 @@ def test_a_front_end_that_began_anew_meanwhile(tmp_path):
         await r.echoes(0)
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_a_back_end_that_does_not_inherit(tmp_path):
@@ -248,7 +175,7 @@ def test_a_back_end_that_does_not_inherit(tmp_path):
         await r.echoes(0)
         await r.unplug()
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)
 
 
 def test_across_processes(tmp_path):
@@ -278,4 +205,4 @@ def test_across_processes(tmp_path):
             drivers.remove(Several)
             drivers.add(Side.FRONT, "vif", Xn)
 
-    run(test, tmp_path)
+    Rig.run(test, tmp_path)

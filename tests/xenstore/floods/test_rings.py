@@ -12,6 +12,7 @@ from tests.support.raw_store import until
 from tests.support.store_fuzz_live import Bystander, no_tracebacks
 from tests.support.store_host import REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD, Host, RawGuest, host
 
+from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon.session import PORTION
 from xenbus.xenstore.engine import PROFILES
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -52,6 +53,11 @@ class Greedy:
         guest.channel.notify()
 
 
+async def bystanders(client: Client, one: Host) -> tuple[Bystander, Bystander]:
+    """A guest's, and domain 0's."""
+    return await Bystander.ready(client, "data"), await Bystander.ready(one.dom0, "/bystander")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False], ids=["reads", "deaf"])
 @pytest.mark.parametrize(
@@ -70,10 +76,7 @@ def test_ten_guests_that_never_stop_asking(message: bytes, reads: bool) -> None:
         with no_tracebacks():
             async with host() as one:
                 client = await one.guest(6)
-                good, dom0 = (
-                    await Bystander.ready(client, "data"),
-                    await Bystander.ready(one.dom0, "/bystander"),
-                )
+                good, dom0 = await bystanders(client, one)
                 greedy = [await Greedy.begin(one, domid, message, reads=reads) for domid in range(10, 20)]
                 for _ in range(10):
                     began = time.monotonic()
@@ -109,10 +112,7 @@ def test_a_guest_cannot_fill_the_queue_of_a_watcher_that_stopped() -> None:
         with no_tracebacks():
             async with host() as one:
                 client = await one.guest(6)
-                good, dom0 = (
-                    await Bystander.ready(client, "data"),
-                    await Bystander.ready(one.dom0, "/bystander"),
-                )
+                good, dom0 = await bystanders(client, one)
                 near, far = socket.socketpair()
                 near.setblocking(False)
                 watcher = one.daemon.open_session(0, UnixTransport(far, "a watcher"))
