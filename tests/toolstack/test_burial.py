@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.support.embedded_store import embedded_store
 
 from xenbus.bus import XenbusState as S
-from xenbus.hypervisor.embedded import Machine
 from xenbus.toolstack import burial
 from xenbus.toolstack.block import DiskSpec
 from xenbus.toolstack.devices import list_devices, write_device
 from xenbus.toolstack.paths import DevicePaths
-from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
 
 OWN = DiskSpec(5, "/img", "xvda", back_kind="xbbd").device()
 LINUX = DiskSpec(5, "/img", "xvdb").device()
@@ -24,20 +22,14 @@ def run(test):
     """`test(store, machine)`, as domain 0, with guests 5 and 6 that are introduced and have disks."""
 
     async def main():
-        machine = Machine()
-        daemon = Daemon(machine.domain(0))
-        async with await Client.connect(daemon.connect_local(0)) as store:
+        async with embedded_store(0, 5, 6) as (store, _, machine):
             await store.write("domid", "0")
-            for domid in (0, 5, 6):
-                await store.write(f"/local/domain/{domid}/name", f"d{domid}")
-                if domid:
-                    machine.domain(domid)
-                    await store.introduce(domid, 0, machine.store_port(domid))
+            for domid in (5, 6):
+                await store.introduce(domid, 0, machine.store_port(domid))
             for spec in (OWN, LINUX, ALIVE):
                 await write_device(store, spec)
             async with asyncio.timeout(20):
                 await test(store, machine)
-        await daemon.close()
 
     asyncio.run(main())
 

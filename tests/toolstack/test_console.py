@@ -4,14 +4,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from tests.support.embedded_store import embedded_store
 
 from xenbus.errors import NotFound, UsageError
-from xenbus.hypervisor.embedded import Machine
 from xenbus.toolstack.console import ConsoleSpec, find_console, free_number
 from xenbus.toolstack.devices import DeviceSpec, list_devices, remove_device, write_device
 from xenbus.toolstack.paths import DevicePaths
 from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
 
 FRONT, BACK = "/local/domain/5/device/console/1", "/local/domain/0/backend/console/5/1"
 
@@ -20,18 +19,12 @@ def run(test):
     """`test(store, guest)`: domain 0's connection, and domain 5's own."""
 
     async def main():
-        machine = Machine()
-        daemon = Daemon(machine.domain(0))
-        async with await Client.connect(daemon.connect_local(0)) as store:
+        async with embedded_store(0, 5) as (store, daemon, _):
             for domid in (0, 5):
-                machine.domain(domid)
-                home = f"/local/domain/{domid}"
-                await store.write(f"{home}/name", f"d{domid}")
-                await store.mkdir(f"{home}/device")
+                await store.mkdir(f"/local/domain/{domid}/device")
             await store.set_perms("/local/domain/5/device", ["n5"])
             async with await Client.connect(daemon.connect_local(5)) as guest:
                 await test(store, guest)
-        await daemon.close()
 
     asyncio.run(main())
 

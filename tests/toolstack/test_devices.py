@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 
 import pytest
+from tests.support.embedded_store import embedded_store
 
 from xenbus.bus import XenbusState as S
 from xenbus.errors import DeadlineError, NotFound, UsageError
-from xenbus.hypervisor.embedded import Machine
 from xenbus.toolstack.block import DiskSpec
 from xenbus.toolstack.devices import (
     DeviceFailed,
@@ -19,7 +19,6 @@ from xenbus.toolstack.devices import (
     write_device,
 )
 from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
 
 SPEC = DiskSpec(5, "/img", "xvda", back_domid=2).device()
 PATHS = SPEC.paths
@@ -30,12 +29,8 @@ def run(test, *, domains=(0, 2, 5), attached=True):
     """`test(store, daemon)` with domains that have no driver: the test is both."""
 
     async def main():
-        machine = Machine()
-        daemon = Daemon(machine.domain(0))
-        async with await Client.connect(daemon.connect_local(0)) as store:
+        async with embedded_store(*domains) as (store, daemon, _):
             for domid in domains:
-                machine.domain(domid)
-                await store.write(f"/local/domain/{domid}/name", f"d{domid}")
                 for leaf in ("device", "backend", "error"):
                     await store.mkdir(f"/local/domain/{domid}/{leaf}")
             if attached:
@@ -43,7 +38,6 @@ def run(test, *, domains=(0, 2, 5), attached=True):
             async with asyncio.timeout(20):
                 await test(store, daemon)
             assert store.counts()["watches"] == 0 and store.counts()["transactions"] == 0
-        await daemon.close()
 
     asyncio.run(main())
 

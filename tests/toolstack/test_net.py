@@ -3,13 +3,11 @@
 import asyncio
 
 import pytest
+from tests.support.embedded_store import embedded_store
 
 from xenbus.errors import UsageError
-from xenbus.hypervisor.embedded import Machine
 from xenbus.toolstack.devices import list_devices, remove_device, write_device
 from xenbus.toolstack.net import NicSpec, free_devid
-from xenbus.xenstore.client import Client
-from xenbus.xenstore.daemon import Daemon
 
 MAC = "00:16:3e:11:22:33"
 
@@ -91,12 +89,7 @@ def test_addresses_are_xens_and_by_chance():
 
 def test_numbers_and_the_record():
     async def main():
-        machine = Machine()
-        daemon = Daemon(machine.domain(0))
-        async with await Client.connect(daemon.connect_local(0)) as store:
-            for domid in (0, 5):
-                machine.domain(domid)
-                await store.write(f"/local/domain/{domid}/name", f"d{domid}")
+        async with embedded_store(0, 5) as (store, _, _):
             specs = []
             for number in range(3):
                 assert await free_devid(store, 5) == number
@@ -109,6 +102,5 @@ def test_numbers_and_the_record():
             assert (again.front, again.back, again.told) == (specs[1].front, specs[1].back, {"mtu": "1400"})
             await remove_device(store, specs[1].paths)
             assert await free_devid(store, 5) == 1
-        await daemon.close()
 
     asyncio.run(main())
