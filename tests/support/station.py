@@ -22,10 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, SIOCGIFHWADDR = 0x8914, 0x8916, 0x891C, 0x8927
-SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX, SIOCBRADDBR = 0x8913, 0x8921, 0x8933, 0x89A0
-PATIENCE = 20.0
-CHUNK = 256 << 10
+from xenbus.cli.demo.stack import (
+    CHUNK,
+    IFF_UP,
+    PATIENCE,
+    SIOCGIFFLAGS,
+    SIOCSIFFLAGS,
+    Stack,
+    _request,
+    echo_request,
+)
+
+SIOCGIFHWADDR, SIOCGIFMTU, SIOCBRADDBR = 0x8927, 0x8921, 0x89A0
 # proc(5), /proc/net/snmp: a checksum that is wrong, a header that is none.
 _WRONG = ("InCsumErrors", "InHdrErrors", "TcpInErrs")
 
@@ -73,17 +81,8 @@ class Station:
 # -- inside
 
 
-def _request(number: int, device: str, rest: bytes = b"") -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        return fcntl.ioctl(control, number, (device.encode().ljust(16, b"\0") + rest).ljust(40, b"\0"))[16:]
-
-
-def _inet(address: str) -> bytes:
-    return struct.pack("HH4s", socket.AF_INET, 0, socket.inet_aton(address))
-
-
-class Talker:
-    """Each method is a request."""
+class Talker(Stack):
+    """Each method is a request: what the demo's stack can do, and what only tests ask for."""
 
     def hello(self) -> str:
         self.up("lo")
@@ -96,10 +95,10 @@ class Talker:
         except OSError:
             pass  # IPv6 is usable a second later, or not at all
         if address:
-            _request(SIOCSIFADDR, device, _inet(address))
-            _request(SIOCSIFNETMASK, device, _inet("255.255.255.0"))
-        flags = struct.unpack_from("H", _request(SIOCGIFFLAGS, device))[0]
-        _request(SIOCSIFFLAGS, device, struct.pack("H", flags | 1))
+            super().up(device, address)
+        else:
+            flags = struct.unpack_from("H", _request(SIOCGIFFLAGS, device))[0]
+            _request(SIOCSIFFLAGS, device, struct.pack("H", flags | IFF_UP))
         return self.link(device)
 
     def link(self, device: str) -> dict[str, Any]:
@@ -133,29 +132,15 @@ class Talker:
     def ping(self, host: str, size: int = 56, count: int = 3) -> int:
         """How many came back, each with what it went with."""
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
-            raw.settimeout(0.2)
             back, end = 0, time.monotonic() + PATIENCE
             for number in range(count):
-                payload = os.urandom(size)
-                head = struct.pack(">BBHHH", 8, 0, 0, os.getpid() & 0xFFFF, number)
-                total = int.from_bytes(head + payload + bytes(size % 2), "big") % 0xFFFF
-                request = head[:2] + struct.pack(">H", 0xFFFF - total) + head[4:] + payload
+                request = echo_request(os.getpid() & 0xFFFF, number, os.urandom(size))
                 answered = False
                 while not answered and time.monotonic() < end:
                     raw.sendto(request, (host, 0))
-                    answered = self._echoed(raw, request[4:])
+                    answered = self._echoed(raw, request[4:], time.monotonic() + 0.2)
                 back += answered
             return back
-
-    def _echoed(self, raw: socket.socket, wanted: bytes) -> bool:
-        while True:
-            try:
-                data = raw.recv(65535)
-            except TimeoutError:
-                return False
-            body = data[(data[0] & 15) * 4 :]
-            if body[0] == 0 and body[4:] == wanted:
-                return True
 
     def listen(self, family: str = "inet") -> int:
         """The port; whoever connects first is heard to its end."""
@@ -178,10 +163,6 @@ class Talker:
         self._hearing = threading.Thread(target=hear, daemon=True)
         self._hearing.start()
         return int(server.getsockname()[1])
-
-    def heard(self) -> dict[str, Any]:
-        self._hearing.join(PATIENCE)
-        return self._heard
 
     def push(self, host: str, port: int, size: int, seed: int = 1) -> str:
         """SHA-256 of what was sent over TCP."""
