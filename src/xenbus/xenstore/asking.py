@@ -6,6 +6,7 @@ Knows calls and futures; neither session nor transport.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,16 +17,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Asker:
+class Asker(ABC):
     """Whoever can send calls: a client, or one of its transactions."""
 
     __slots__ = ()
 
+    @abstractmethod
     def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
-        raise NotImplementedError
+        """The future of the reply's payload, or of its error."""
 
+    @abstractmethod
     async def _drive(self, program: Program[T]) -> T:
-        raise NotImplementedError
+        """Asks what `program` asks, round by round. Its result."""
 
 
 # Bound to a name of a class, an operation is a coroutine function with its own arguments and result.

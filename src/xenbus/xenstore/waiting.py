@@ -5,6 +5,7 @@ Knows calls; neither session nor pipe.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -40,19 +41,22 @@ class Slot:
         return self._result
 
 
-class Asker:
+class Asker(ABC):
     """Whoever can send calls: a client, or one of its transactions."""
 
     __slots__ = ()
 
+    @abstractmethod
     def _submit(self, call: Call[Any]) -> Slot:
-        raise NotImplementedError
+        """Where the reply's payload will be, or its error."""
 
+    @abstractmethod
     def _wait(self, slot: Slot) -> bytes:
-        raise NotImplementedError
+        """The slot's payload once it is there; raises its error."""
 
+    @abstractmethod
     def _drive(self, program: Program[T]) -> T:
-        raise NotImplementedError
+        """Asks what `program` asks, round by round. Its result."""
 
 
 # Bound to a name of a class, an operation is a method with its own arguments and result.

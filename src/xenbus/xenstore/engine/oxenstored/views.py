@@ -6,6 +6,7 @@ the tree, its history and the counts of nodes; not watches, nor what may be done
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ class Change(Enum):
     SET_PERMS = auto()
 
 
-class View:
+class View(ABC):
     """changes: what watches are told, in order. Parents that were made on the way are not in there."""
 
     __slots__ = ("changes", "engine")
@@ -38,33 +39,39 @@ class View:
         self.engine = engine
         self.changes: list[tuple[Change, bytes]] = []
 
+    @abstractmethod
     def get(self, path: bytes) -> Node | None:
-        raise NotImplementedError
+        """The node; None if it is not there."""
 
+    @abstractmethod
     def old_perms(self, path: bytes) -> Perms | None:
         """The entries before the changes; None if it was not there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def owned(self, domid: int) -> int:
         """How many nodes are counted for a domain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, domid: int, delta: int) -> None:
-        raise NotImplementedError
+        """So many more are."""
 
+    @abstractmethod
     def _own(self, path: bytes, node: Node) -> Node:
         """`node`, or what takes its place, to be changed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _put(self, path: bytes, node: Node | None) -> None:
-        raise NotImplementedError
+        """`node` is what is there; None: nothing is."""
 
+    @abstractmethod
     def _touch(self, path: bytes) -> None:
-        raise NotImplementedError
+        """The node, and with it those above, is not the same any more."""
 
+    @abstractmethod
     def saw(self, path: bytes) -> None:
         """A node was read."""
 
+    @abstractmethod
     def wrote(self, path: bytes) -> None:
         """A node, or something right below it, was written."""
 
@@ -188,6 +195,12 @@ class Store(View):
 
     def _touch(self, path: bytes) -> None:
         self.history.touch(path)
+
+    def saw(self, path: bytes) -> None:
+        pass
+
+    def wrote(self, path: bytes) -> None:
+        pass
 
     def merge(self, tx: Transaction) -> None:
         """What the transaction wrote takes its place in the tree."""
