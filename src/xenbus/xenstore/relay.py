@@ -10,9 +10,9 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
-from xenbus.errors import LinkDown, UsageError
+from xenbus.errors import LinkDown
+from xenbus.xenstore.listener import Listener, listening
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.recording import Tape, Track
 from xenbus.xenstore.transport.unix import UnixTransport
@@ -22,8 +22,6 @@ MAX_CONNECTIONS = 200
 # Bytes, or messages, that one end has not taken yet; the other is not read meanwhile.
 BACKLOG = 1 << 18
 QUEUED = 64
-# After running out of descriptors, seconds until another client is taken.
-ACCEPT_PAUSE = 0.5
 
 
 class _End:
@@ -101,38 +99,17 @@ class Relay:
         self._tape = tape
         self._dial = dial
         self._wires: set[_Wire] = set()
-        self._listener: socket.socket | None = None
-        self._path: Path | None = None
-        self._pause: asyncio.TimerHandle | None = None
+        self._listener: Listener | None = None
         self.refused: Exception | None = None
 
     def listen(self, path: str | os.PathLike[str]) -> None:
         """At a socket of mode 0600. UsageError if the path is taken."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        before = os.umask(0o177)
-        try:
-            sock.bind(os.fspath(path))
-        except OSError as exc:
-            sock.close()
-            raise UsageError(f"cannot listen at {os.fspath(path)}: {exc.strerror or exc}") from exc
-        finally:
-            os.umask(before)
-        sock.listen(128)
-        self._listener, self._path = sock, Path(path)
-        asyncio.get_running_loop().add_reader(sock, self._accept)
+        self._listener = Listener(listening(path), self._taken, self._not_taken)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as exc:  # no descriptor is left, most likely: the listener stays readable
-            self.refused = exc
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._listener)
-            self._pause = loop.call_later(ACCEPT_PAUSE, self._accept_again)
-            return
+    def _not_taken(self, exc: OSError) -> None:
+        self.refused = exc
+
+    def _taken(self, sock: socket.socket) -> None:
         if len(self._wires) >= MAX_CONNECTIONS:
             sock.close()
             return
@@ -146,21 +123,11 @@ class Relay:
         self._wires.add(wire)
         wire.start()
 
-    def _accept_again(self) -> None:
-        self._pause = None
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
-
     async def close(self) -> None:
         """What is under way ends. The tape is not closed."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        if self._listener is not None and self._path is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._listener.close()
-            self._path.unlink(missing_ok=True)
-            self._listener = None
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
         for wire in list(self._wires):
             wire.close()
         await asyncio.sleep(0)

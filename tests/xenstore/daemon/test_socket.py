@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tests.support.raw_store import RawStore, until
 
 from xenbus.errors import StoreError, UsageError
+from xenbus.xenstore import listener
 from xenbus.xenstore.client import Client
 from xenbus.xenstore.daemon import Daemon
-from xenbus.xenstore.daemon import server as daemon_server
 from xenbus.xenstore.daemon.session import BUDGET
 from xenbus.xenstore.engine import Connection, Engine, Quotas
 from xenbus.xenstore.wire import Message, Op, encode
@@ -317,7 +317,7 @@ def test_out_of_descriptors_it_takes_clients_again_later(
 ) -> None:
     import resource
 
-    monkeypatch.setattr(daemon_server, "ACCEPT_PAUSE", 0.05)
+    monkeypatch.setattr(listener, "ACCEPT_PAUSE", 0.05)
 
     async def run() -> None:
         async with daemon_at(tmp_path / "socket"):

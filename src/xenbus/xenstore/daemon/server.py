@@ -7,15 +7,11 @@ devices nor how domains are made.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import logging
 import os
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from xenbus.errors import HypervisorError, UsageError, XenbusError
@@ -26,6 +22,7 @@ from xenbus.xenstore.daemon.session import Session
 from xenbus.xenstore.daemon.update import Updater, problem
 from xenbus.xenstore.engine import XENSTORED, Connection, Engine, Profile, Quotas, profile_of
 from xenbus.xenstore.engine.update import LiveUpdate
+from xenbus.xenstore.listener import ACCEPT_PAUSE, Listener, listening
 from xenbus.xenstore.state.dump import Held
 from xenbus.xenstore.state.image import Image
 from xenbus.xenstore.state.journal import JournaledEngine
@@ -40,10 +37,6 @@ _log = logging.getLogger("xenbus.xenstored")
 
 # Clients on the socket at a time; one more is turned away.
 MAX_CLIENTS = 1024
-# Connections taken in one turn of the loop.
-ACCEPTS = 16
-# After running out of descriptors, wait this long before taking another client, seconds.
-ACCEPT_PAUSE = 0.5
 
 
 class Daemon:
@@ -91,8 +84,7 @@ class Daemon:
         self._sessions: dict[Connection, Session] = {}
         self._stalled: dict[Session, None] = {}
         self._clients = 0
-        self._listeners: dict[socket.socket, tuple[Path, tuple[int, int]]] = {}
-        self._timers: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._listeners: list[Listener] = []
         self._ticks: set[asyncio.TimerHandle] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: Session | None = None
@@ -110,19 +102,7 @@ class Daemon:
     async def listen_unix(self, path: str | os.PathLike[str]) -> None:
         """Domain 0's socket, mode 0600 from the start. UsageError if another daemon answers there, or the
         path is taken by something else."""
-        target = Path(path)
-        _clear_stale(target)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        before = os.umask(0o177)
-        try:
-            sock.bind(os.fspath(target))
-        except OSError as exc:
-            sock.close()
-            raise UsageError(f"cannot listen at {target}: {exc.strerror or exc}") from exc
-        finally:
-            os.umask(before)
-        sock.listen(128)
-        self._listen(sock, target)
+        self._listen(listening(path, replace=True))
 
     def adopt_listener(self, fd: int) -> None:
         """A socket that another process listened at. UsageError if it is none."""
@@ -130,38 +110,23 @@ class Daemon:
             sock = socket.socket(fileno=fd)
             os.set_inheritable(fd, False)
             sock.setblocking(False)
-            self._listen(sock, Path(sock.getsockname()))
+            self._listen(sock)
         except OSError as exc:
             raise UsageError(f"descriptor {fd} is no socket to listen at: {exc.strerror}") from exc
 
-    def _listen(self, sock: socket.socket, target: Path) -> None:
-        info = target.stat()
-        self._listeners[sock] = (target, (info.st_dev, info.st_ino))
-        self._loop.add_reader(sock, self._accept, sock)
+    def _listen(self, sock: socket.socket) -> None:
+        self._listeners.append(Listener(sock, self._taken, self._not_taken))
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS):
-            try:
-                sock, _ = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as exc:
-                if exc.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    raise
-                _log.warning("no client is taken for %g s: %s", ACCEPT_PAUSE, exc.strerror)
-                self._loop.remove_reader(listener)
-                self._timers[listener] = self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listener)
-                return
-            if self._clients >= self._max_clients:
-                _log.warning("a client is turned away: %d are connected", self._clients)
-                sock.close()
-                continue
-            self._clients += 1
-            self.open_session(0, UnixTransport(sock, "a client on the socket")).start()
+    def _taken(self, sock: socket.socket) -> None:
+        if self._clients >= self._max_clients:
+            _log.warning("a client is turned away: %d are connected", self._clients)
+            sock.close()
+            return
+        self._clients += 1
+        self.open_session(0, UnixTransport(sock, "a client on the socket")).start()
 
-    def _accept_again(self, listener: socket.socket) -> None:
-        del self._timers[listener]
-        self._loop.add_reader(listener, self._accept, listener)
+    def _not_taken(self, exc: OSError) -> None:
+        _log.warning("no client is taken for %g s: %s", ACCEPT_PAUSE, exc.strerror)
 
     def connect_local(self, domid: int = 0) -> Transport:
         """The client's end of a connection within this process, with the rights of `domid`."""
@@ -440,7 +405,7 @@ class Daemon:
 
     @property
     def listener(self) -> int:
-        return next((sock.fileno() for sock in self._listeners), -1)
+        return next((one.fileno() for one in self._listeners), -1)
 
     async def park(self) -> None:
         await self._guests.park()
@@ -486,13 +451,11 @@ class Daemon:
         if self._closed:
             return
         self._closed = True
-        for sock, (path, identity) in self._listeners.items():
-            self._loop.remove_reader(sock)
-            sock.close()
-            _unlink_own(path, identity)
-        for timer in (*self._timers.values(), *self._ticks):
-            timer.cancel()
+        for listener in self._listeners:
+            listener.close()
         self._listeners.clear()
+        for timer in self._ticks:
+            timer.cancel()
         for session in self._sessions.values():
             session.busy = True  # nothing is answered that the file does not have
         if self.keeper is not None:
@@ -502,32 +465,3 @@ class Daemon:
         await self._guests.close()
         for session in list(self._sessions.values()):
             session.close()
-
-
-def _clear_stale(path: Path) -> None:
-    """Removes a socket that nobody listens on any more. UsageError if it is not ours to remove."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as exc:
-        raise UsageError(f"cannot listen at {path}: {exc.strerror or exc}") from exc
-    if not stat.S_ISSOCK(mode):
-        raise UsageError(f"cannot listen at {path}: there is a file that is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as exc:
-            raise UsageError(f"cannot listen at {path}: {exc.strerror or exc}") from exc
-    raise UsageError(f"cannot listen at {path}: a daemon answers there already")
-
-
-def _unlink_own(path: Path, identity: tuple[int, int]) -> None:
-    """Removes the socket unless somebody put another in its place."""
-    with contextlib.suppress(OSError):
-        info = path.lstat()
-        if (info.st_dev, info.st_ino) == identity:
-            path.unlink()
