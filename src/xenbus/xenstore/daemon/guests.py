@@ -21,7 +21,7 @@ from xenbus.xenstore.state.load import Restored, queue
 from xenbus.xenstore.state.records import Ring, RingPosition
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.ringpage import ConnectionWord, RingFault, RingTransport, Side
-from xenbus.xenstore.wire import HEADER_SIZE
+from xenbus.xenstore.wire.message import next_begin
 
 _log = logging.getLogger("xenbus.xenstored")
 
@@ -164,9 +164,13 @@ class Guests:
             guest.session.reset()
 
     async def _give_back(self, guest: _Guest) -> None:
-        assert self._hypervisor is not None
         guest.session.close()
         guest.transport.close()
+        await self._let_go(guest)
+
+    async def _let_go(self, guest: _Guest) -> None:
+        """Of its channel and its page."""
+        assert self._hypervisor is not None
         with suppress(XenbusError, OSError):
             await guest.channel.close()
         with suppress(XenbusError, OSError):
@@ -240,15 +244,11 @@ class Guests:
     async def park(self) -> None:
         """Rings and channels are given back as they stand; sessions keep what is under way. Before another
         process goes on with them; `unpark` if none does."""
-        assert self._hypervisor is not None or not self._guests
         for guest in self._guests.values():
             guest.session.hold()
             guest.transport.detach()
         for guest in list(self._guests.values()):
-            with suppress(XenbusError, OSError):
-                await guest.channel.close()
-            with suppress(XenbusError, OSError):
-                await self._hypervisor.gntdev.unmap(guest.mapping)  # type: ignore[union-attr]
+            await self._let_go(guest)
 
     def carry_on(self) -> None:
         """Serve those that `go_on` opened."""
@@ -285,7 +285,4 @@ def _after(outbound: bytes, partial: int, pushed: int) -> tuple[bytes, int]:
     message. More than there was: answers to what came later, and nothing is left."""
     if pushed >= len(outbound):
         return b"", 0
-    begin = partial
-    while begin < pushed:
-        begin += HEADER_SIZE + int.from_bytes(outbound[begin + 12 : begin + 16], "little")
-    return outbound[pushed:], begin - pushed
+    return outbound[pushed:], next_begin(outbound, partial, pushed) - pushed

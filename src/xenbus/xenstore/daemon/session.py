@@ -15,7 +15,8 @@ from xenbus.errors import PeerError
 from xenbus.xenstore.engine import Connection
 from xenbus.xenstore.transport import Transport
 from xenbus.xenstore.transport.ringpage import RingFault, RingTransport
-from xenbus.xenstore.wire import HEADER_SIZE, Message, Parser, ProtocolError
+from xenbus.xenstore.wire import Message, Parser, ProtocolError
+from xenbus.xenstore.wire.message import next_begin
 
 _log = logging.getLogger("xenbus.xenstored")
 
@@ -119,11 +120,9 @@ class Session:
         left = self.transport.backlog
         if not left:
             return b"", 0
-        data, begin = self._handed, self._cut
+        data = self._handed
         sent = len(data) - left
-        while begin < sent:
-            begin += HEADER_SIZE + int.from_bytes(data[begin + 12 : begin + 16], "little")
-        return data[sent:], begin - sent
+        return data[sent:], next_begin(data, self._cut, sent) - sent
 
     @property
     def under_way(self) -> bool:

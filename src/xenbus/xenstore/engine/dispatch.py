@@ -38,6 +38,11 @@ class Fail(Exception):
         self.name = name
 
 
+def unknown(engine: Engine, conn: Connection, message: Message, tx: Any) -> bytes:
+    """The handler of what is no operation."""
+    raise Fail("ENOSYS")
+
+
 class Hooks(Protocol):
     """The side effects that need I/O. The engine works without: INTRODUCE is then book-keeping alone."""
 

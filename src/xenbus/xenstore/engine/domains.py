@@ -14,13 +14,12 @@ from xenbus.xenstore.engine.dispatch import Fail, Handler, domid_of, number_of, 
 from xenbus.xenstore.engine.quotas import QUOTAS
 from xenbus.xenstore.engine.transactions import Transaction
 from xenbus.xenstore.engine.tree import IGNORED, Node, Perms, child_path, parent_of
-from xenbus.xenstore.wire import OK, Message, Op
+from xenbus.xenstore.wire import DOMID_FIRST_RESERVED, OK, Message, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
 
 # xen/include/public/xen.h
-DOMID_FIRST_RESERVED = 0x7FF0
 DOMID_SELF = 0x7FF0
 INTRODUCE_DOMAIN = b"@introduceDomain"
 RELEASE_DOMAIN = b"@releaseDomain"
@@ -72,9 +71,15 @@ def _introduced(engine: Engine, payload: bytes) -> Domain:
     return _connected(engine, domid)
 
 
-def _connected(engine: Engine, domid: int) -> Domain:
+def served(engine: Engine, domid: int) -> Domain | None:
+    """The domain, if it was introduced."""
     domain = engine.domains.get(domid)
-    if domain is None or not domain.introduced:
+    return domain if domain is not None and domain.introduced else None
+
+
+def _connected(engine: Engine, domid: int) -> Domain:
+    domain = served(engine, domid)
+    if domain is None:
         raise Fail("ENOENT")
     return domain
 
@@ -98,8 +103,7 @@ def get_domain_path(engine: Engine, conn: Connection, message: Message, tx: Tran
 
 def is_introduced(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
     domid = domid_of(one_word(message.payload))
-    domain = engine.domains.get(domid)
-    return b"T\0" if domid == DOMID_SELF or (domain is not None and domain.introduced) else b"F\0"
+    return b"T\0" if domid == DOMID_SELF or served(engine, domid) else b"F\0"
 
 
 def set_target(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
@@ -122,8 +126,8 @@ def introduced(engine: Engine, domid: int) -> None:
 
 def shutdown(engine: Engine, domid: int) -> None:
     """@releaseDomain, once until RESUME."""
-    domain = engine.domains.get(domid)
-    if domain is not None and domain.introduced and not domain.shutdown:
+    domain = served(engine, domid)
+    if domain is not None and not domain.shutdown:
         domain.shutdown = True
         engine.fire_special(RELEASE_DOMAIN, domid)
 

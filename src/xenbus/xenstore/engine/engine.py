@@ -18,16 +18,13 @@ from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, Entry, Tra
 from xenbus.xenstore.engine.tree import READ, Node, Perms, access_of, child_path, parent_of
 from xenbus.xenstore.engine.update import LiveUpdate
 from xenbus.xenstore.engine.watches import Watch
-from xenbus.xenstore.wire import HEADER, PAYLOAD_MAX, Message, Op, op_name
+from xenbus.xenstore.wire import DOMID_FIRST_RESERVED, HEADER, PAYLOAD_MAX, Message, Op, op_name
 
 _pack = HEADER.pack
 _ERROR = int(Op.ERROR)
 _EVENT = int(Op.WATCH_EVENT)
 # A transaction id in their header is not looked at (XS_FLAG_NOTID).
 _IGNORES_TX = frozenset({int(Op.WATCH), int(Op.UNWATCH)})
-DOMID_FIRST_RESERVED = 0x7FF0
-
-
 _OPS = max(Op) + 1
 
 

@@ -15,6 +15,7 @@ from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_SUBTREE, Transa
 from xenbus.xenstore.engine.tree import (
     HEADER_COST,
     IGNORED,
+    LETTERS,
     OWNER,
     PERM_COST,
     READ,
@@ -25,26 +26,24 @@ from xenbus.xenstore.engine.tree import (
     parent_of,
 )
 from xenbus.xenstore.wire import DOMID_ANY, OK, PAYLOAD_MAX, Message, Op
+from xenbus.xenstore.wire.paths import match_absolute, match_special
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
 
-_valid_absolute = re.compile(rb"/|(?:/[-_@0-9A-Za-z]+)+").fullmatch
-_valid_special = re.compile(rb"@[-_@0-9A-Za-z]+(?:/[-_@0-9A-Za-z]+)*").fullmatch
 _home = re.compile(rb"/local/domain/[0-9]{1,5}/").match
-_LETTERS = {b"n": 0, b"r": READ, b"w": WRITE, b"b": READ | WRITE}
 
 
 def canonical(conn: Connection, raw: bytes, *, special: bool = False) -> bytes:
     """The absolute path that a client means by `raw`; EINVAL for characters, slashes or length."""
     first = raw[:1]
     if first == b"@":
-        if not (special and _valid_special(raw)):
+        if not (special and match_special(raw)):
             raise Fail("EINVAL")
     else:
         if first != b"/":
             raw = conn.home + raw
-        if not _valid_absolute(raw):
+        if not match_absolute(raw):
             raise Fail("EINVAL")
     # The one limit that is domain 0's as well (is_valid_nodename of 4.17).
     limit = conn.domain.quotas.path_max
@@ -316,7 +315,7 @@ def _parse_perms(engine: Engine, conn: Connection, words: list[bytes]) -> Perms:
     """Entries for domains that do not exist are kept but ignored (domain_alloc_permrefs)."""
     entries = []
     for word in words:
-        access = _LETTERS.get(word[:1])
+        access = LETTERS.get(word[:1])
         if access is None:
             raise Fail("EINVAL")
         entries.append((access, domid_of(word[1:])))

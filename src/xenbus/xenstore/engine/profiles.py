@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xenbus.errors import UsageError
 from xenbus.xenstore.engine import control, domains, nodes, oxenstored, sessions
 from xenbus.xenstore.engine.connection import FEATURE_RECONNECTION, FEATURES, Connection
-from xenbus.xenstore.engine.dispatch import Fail, Handler
+from xenbus.xenstore.engine.dispatch import Fail, Handler, unknown
 from xenbus.xenstore.engine.quotas import Quotas
 from xenbus.xenstore.engine.watches import WatchIndex
 from xenbus.xenstore.wire import DOMID_ANY, Message, Op
@@ -22,16 +22,12 @@ if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
 
 
-def _unknown(engine: Engine, conn: Connection, message: Message, tx: Any) -> bytes:
-    raise Fail("ENOSYS")
-
-
 def _refused(engine: Engine, conn: Connection, message: Message, tx: Any) -> bytes:
     raise Fail("EACCES")
 
 
 def _table(
-    handlers: Iterable[Mapping[int, Handler]], refused: Iterable[int] = (), unknown: Handler = _unknown
+    handlers: Iterable[Mapping[int, Handler]], refused: Iterable[int] = (), unknown: Handler = unknown
 ) -> list[Handler]:
     """Handlers by operation number."""
     table: list[Handler] = [unknown] * (max(Op) + 1)
@@ -100,8 +96,8 @@ XENSTORED = Profile(
     name="xenstored",
     dom0=_table(_ROOMS),
     guest=_table(_ROOMS, domains.DOM0_ONLY),
-    unknown=_unknown,
-    always_fail=(_unknown, _refused),
+    unknown=unknown,
+    always_fail=(unknown, _refused),
     no_transaction="ENOENT",
     everybody=(DOMID_ANY,),
     features=FEATURES,

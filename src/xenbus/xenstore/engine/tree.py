@@ -6,15 +6,17 @@ connections nor transactions.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
-from xenbus.xenstore.wire import Access, Perm
+from xenbus.xenstore.wire import Access
 
 READ = int(Access.READ)
 WRITE = int(Access.WRITE)
 OWNER = 4
 # An entry for a domain that did not exist when it was set (xenstored's XS_PERM_IGNORE): shown, never used.
 IGNORED = 0x80
+# How an entry begins.
+LETTERS = {b"n": 0, b"r": READ, b"w": WRITE, b"b": READ | WRITE}
 
 # (access bits, domid), owner first. Tuples are shared: a child has its parent's object.
 Perms = tuple[tuple[int, int], ...]
@@ -81,14 +83,6 @@ def access_of(perms: Perms, ids: Container[int]) -> int:
             if domid in ids and not access & IGNORED:
                 return access
     return first[0]
-
-
-def to_perms(perms: Perms) -> list[Perm]:
-    return [Perm(Access(access & 3), domid) for access, domid in perms]
-
-
-def from_perms(perms: Iterable[Perm]) -> Perms:
-    return tuple((int(perm.access), perm.domid) for perm in perms)
 
 
 def parent_of(path: bytes) -> bytes:

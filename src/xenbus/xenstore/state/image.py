@@ -5,7 +5,6 @@ Knows records and what they may refer to; not the engine. Everything that is wro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 
 from xenbus.xenstore.engine.tree import parent_of
@@ -21,12 +20,8 @@ from xenbus.xenstore.state.records import (
     TransactionData,
     WatchData,
 )
-from xenbus.xenstore.wire import PAYLOAD_MAX
-
-_ABSOLUTE = re.compile(rb"/|(?:/[-_@0-9A-Za-z]+)+").fullmatch
-_SPECIAL = re.compile(rb"@[-_@0-9A-Za-z]+(?:/[-_@0-9A-Za-z]+)*").fullmatch
-_RELATIVE = re.compile(rb"[-_0-9A-Za-z][-_@0-9A-Za-z]*(?:/[-_@0-9A-Za-z]+)*").fullmatch
-DOMID_FIRST_RESERVED = 0x7FF0
+from xenbus.xenstore.wire import DOMID_FIRST_RESERVED, PAYLOAD_MAX
+from xenbus.xenstore.wire.paths import match_absolute, match_relative, match_special
 
 
 class Image:
@@ -103,7 +98,10 @@ class Image:
         if held is None:
             raise placed.error(f"no connection {record.conn_id}")
         path = record.path
-        if not (_ABSOLUTE(path) or _RELATIVE(path) or _SPECIAL(path)) or len(path) >= PAYLOAD_MAX:
+        if (
+            not (match_absolute(path) or match_relative(path) or match_special(path))
+            or len(path) >= PAYLOAD_MAX
+        ):
             raise placed.error(f"watch at {path[:100]!r}")
         held.append(placed)
 
@@ -207,7 +205,7 @@ def _check_domid(placed: Placed, domid: int) -> None:
 
 
 def _check_path(placed: Placed, path: bytes) -> None:
-    if not (_ABSOLUTE(path) or _SPECIAL(path)) or len(path) >= PAYLOAD_MAX:
+    if not (match_absolute(path) or match_special(path)) or len(path) >= PAYLOAD_MAX:
         raise placed.error(f"node at {path[:100]!r}")
 
 

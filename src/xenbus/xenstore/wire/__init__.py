@@ -38,12 +38,21 @@ from xenbus.xenstore.wire.paths import (
     join,
     parent,
 )
-from xenbus.xenstore.wire.perms import DOMID_ANY, DOMID_MAX, Access, Perm, format_perms, parse_perms
+from xenbus.xenstore.wire.perms import (
+    DOMID_ANY,
+    DOMID_FIRST_RESERVED,
+    DOMID_MAX,
+    Access,
+    Perm,
+    format_perms,
+    parse_perms,
+)
 
 __all__ = [
     "ABS_PATH_MAX",
     "CODECS",
     "DOMID_ANY",
+    "DOMID_FIRST_RESERVED",
     "DOMID_MAX",
     "HEADER",
     "HEADER_SIZE",

@@ -92,6 +92,13 @@ def encode(op: int, req_id: int, tx_id: int, payload: bytes) -> bytes:
     return _pack_header(op, req_id, tx_id, length) + payload
 
 
+def next_begin(data: bytes, begin: int, at: int) -> int:
+    """Where the first message at `at` or behind it begins, or would; one begins at `begin`."""
+    while begin < at:
+        begin += HEADER_SIZE + _unpack_header(data, begin)[3]
+    return begin
+
+
 class Parser:
     """Bytes in, messages out. What is incomplete waits inside, never more than header + `limit` bytes
     plus the last piece fed; a message in pieces is copied a constant number of times.

@@ -16,10 +16,11 @@ REL_PATH_MAX = 2048
 _ABSOLUTE = re.compile(r"/|(?:/[-_@0-9A-Za-z]+)+")
 _RELATIVE = re.compile(r"[-_0-9A-Za-z][-_@0-9A-Za-z]*(?:/[-_@0-9A-Za-z]+)*")
 _SPECIAL = re.compile(r"@[-_@0-9A-Za-z]+(?:/[-_@0-9A-Za-z]+)*")
-_DOMAIN = re.compile(r"/local/domain/[0-9]{1,5}/")
 
-match_absolute = _ABSOLUTE.fullmatch
-match_special = _SPECIAL.fullmatch
+# The same of bytes, for a store.
+match_absolute = re.compile(_ABSOLUTE.pattern.encode()).fullmatch
+match_relative = re.compile(_RELATIVE.pattern.encode()).fullmatch
+match_special = re.compile(_SPECIAL.pattern.encode()).fullmatch
 
 
 def is_valid_absolute(path: str) -> bool:
@@ -44,12 +45,6 @@ def domain_path(domid: int) -> str:
 def absolute(path: str, domid: int) -> str:
     """`path` as seen from `domid`'s home; absolute and special ones as they are."""
     return path if path[:1] in ("/", "@") else f"/local/domain/{domid}/{path}"
-
-
-def within_home(path: str) -> int:
-    """Length of the part that a guest's path limit counts: what follows `/local/domain/N/`, or all."""
-    found = _DOMAIN.match(path)
-    return len(path) - (found.end() if found else 0)
 
 
 def parent(path: str) -> str:

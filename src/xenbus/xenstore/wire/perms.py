@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from xenbus.errors import UsageError
 
-# xen/include/public/xen.h: an entry for "any domain" (XENSTORE_SERVER_FEATURE_DOMID_ANY).
+# xen/include/public/xen.h: no domain has this number or a higher one; those mean something special.
+DOMID_FIRST_RESERVED = 0x7FF0
+# An entry for "any domain" (XENSTORE_SERVER_FEATURE_DOMID_ANY).
 DOMID_ANY = 0x7FF5
 DOMID_MAX = 0xFFFF
 

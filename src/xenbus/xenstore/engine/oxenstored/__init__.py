@@ -9,15 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenbus.xenstore.engine.connection import Connection
-from xenbus.xenstore.engine.dispatch import Fail, Handler
+from xenbus.xenstore.engine.dispatch import Fail, Handler, unknown
+from xenbus.xenstore.engine.domains import INTRODUCE_DOMAIN, RELEASE_DOMAIN
 from xenbus.xenstore.engine.oxenstored import control, domains, nodes, sessions
-from xenbus.xenstore.engine.oxenstored.domains import (
-    INTRODUCE_DOMAIN,
-    RELEASE_DOMAIN,
-    died,
-    introduced,
-    shutdown,
-)
+from xenbus.xenstore.engine.oxenstored.domains import died, introduced, shutdown
 from xenbus.xenstore.engine.oxenstored.events import WatchTrie
 from xenbus.xenstore.engine.oxenstored.views import Answer, Store, Transaction
 from xenbus.xenstore.engine.tree import Node, parent_of
@@ -84,13 +79,9 @@ def _counted(handler: Handler) -> Handler:
     return counted
 
 
-def _unknown(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    raise Fail("ENOSYS")
-
-
 HANDLERS: dict[int, Handler] = {
     op: _counted(handler)
     for room in (nodes, sessions, domains, control)
     for op, handler in room.HANDLERS.items()
 }
-UNKNOWN = _counted(_unknown)
+UNKNOWN = _counted(unknown)

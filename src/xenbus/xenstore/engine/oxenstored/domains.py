@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler
+from xenbus.xenstore.engine.domains import (
+    DOMID_SELF,
+    INTRODUCE_DOMAIN,
+    RELEASE_DOMAIN,
+    served,
+)
 from xenbus.xenstore.engine.oxenstored import events
 from xenbus.xenstore.engine.oxenstored.parsing import NOBODY, first_digits, number, ocaml_number, words_of
 from xenbus.xenstore.engine.oxenstored.views import Store, Transaction
-from xenbus.xenstore.wire import OK, Message, Op
+from xenbus.xenstore.wire import DOMID_FIRST_RESERVED, OK, Message, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
-
-INTRODUCE_DOMAIN = b"@introduceDomain"
-RELEASE_DOMAIN = b"@releaseDomain"
-DOMID_FIRST_RESERVED = 0x7FF0
-DOMID_SELF = 0x7FF0
 
 
 def _need_dom0(conn: Connection) -> None:
@@ -81,8 +82,7 @@ def release(engine: Engine, conn: Connection, message: Message, tx: Transaction 
     if domid == 0:
         # There it takes the whole tree and domain 0's own ring away.
         raise Fail("EINVAL")
-    domain = engine.domains.get(domid)
-    known = domain is not None and domain.introduced
+    known = served(engine, domid)
     if engine.hooks is not None and known:
         engine.hooks.release(domid)
     bury(engine, domid)
@@ -94,8 +94,7 @@ def release(engine: Engine, conn: Connection, message: Message, tx: Transaction 
 
 def died(engine: Engine, domid: int) -> None:
     """The hypervisor says that it is gone. Of those that were not introduced nothing is known."""
-    domain = engine.domains.get(domid)
-    if domain is None or not domid or not domain.introduced:
+    if not domid or not served(engine, domid):
         return
     bury(engine, domid)
     events.fire_special(engine, RELEASE_DOMAIN)
@@ -103,8 +102,8 @@ def died(engine: Engine, domid: int) -> None:
 
 def shutdown(engine: Engine, domid: int) -> None:
     """It stopped: each time that it is noticed."""
-    domain = engine.domains.get(domid)
-    if domain is not None and domain.introduced:
+    domain = served(engine, domid)
+    if domain is not None:
         domain.shutdown = True
         events.fire_special(engine, RELEASE_DOMAIN)
 
@@ -141,20 +140,15 @@ def bury(engine: Engine, domid: int) -> None:
 
 def resume(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
     _need_dom0(conn)
-    if not _known(engine, number(words_of(message.payload)[0])):
+    if not served(engine, number(words_of(message.payload)[0])):
         raise Fail("EINVAL")
     return OK
-
-
-def _known(engine: Engine, domid: int) -> bool:
-    domain = engine.domains.get(domid)
-    return domain is not None and domain.introduced
 
 
 def is_introduced(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
     _need_dom0(conn)
     domid = number(words_of(message.payload)[0])
-    return b"T\0" if domid == DOMID_SELF or _known(engine, domid) else b"F\0"
+    return b"T\0" if domid == DOMID_SELF or served(engine, domid) else b"F\0"
 
 
 def set_target(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
@@ -166,10 +160,11 @@ def set_target(engine: Engine, conn: Connection, message: Message, tx: Transacti
     domid, target = first_digits(words[0]), first_digits(words[1])
     if target >= NOBODY:
         raise Fail("EINVAL")
-    if not _known(engine, domid):
+    domain = served(engine, domid)
+    if domain is None:
         raise Fail("ENOENT")
     if domid:
-        engine.set_target(engine.domain(domid), target)
+        engine.set_target(domain, target)
     return OK
 
 

@@ -22,15 +22,13 @@ from xenbus.xenstore.engine.oxenstored.parsing import (
     words_of,
 )
 from xenbus.xenstore.engine.oxenstored.views import Change, Store, Transaction, View
-from xenbus.xenstore.engine.tree import READ, WRITE, Node, Perms, parent_of
+from xenbus.xenstore.engine.tree import LETTERS, READ, WRITE, Node, Perms, parent_of
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
     from xenbus.xenstore.engine.engine import Engine
 
 Operation = Callable[[View, Connection, bytes], bytes]
-
-_LETTERS = {b"n": 0, b"r": READ, b"w": WRITE, b"b": READ | WRITE}
 
 
 def _need(conn: Connection, perms: Perms, want: int) -> None:
@@ -161,7 +159,7 @@ def _parse_perms(words: list[bytes]) -> Perms:
         raise Fail("EINVAL")
     perms = []
     for word in words:
-        access = _LETTERS.get(word[:1])
+        access = LETTERS.get(word[:1])
         if access is None:
             raise Fail("EINVAL")
         perms.append((access, domid_of(word[1:])))

@@ -9,8 +9,8 @@ import re
 
 from xenbus.xenstore.engine.connection import Connection
 from xenbus.xenstore.engine.dispatch import Fail
+from xenbus.xenstore.wire.paths import match_absolute
 
-_valid_absolute = re.compile(rb"/|(?:/[-_@0-9A-Za-z]+)+").fullmatch
 _valid_special = re.compile(rb"@[-_@0-9A-Za-z]*").fullmatch
 _home = re.compile(rb"/local/domain/[-+]?[0-9][0-9_]*/").match
 _number = re.compile(
@@ -49,7 +49,7 @@ def absolute(conn: Connection, raw: bytes) -> bytes:
         if not raw:
             raise Fail("EINVAL")
         raw = conn.home + raw
-    if not _valid_absolute(raw):
+    if not match_absolute(raw):
         raise Fail("EINVAL")
     return raw
 
@@ -65,7 +65,7 @@ def canonical(conn: Connection, raw: bytes) -> bytes:
         raise Fail("EINVAL")
     if path[:1] == b"@":
         return b"/" + path if _valid_special(path) else b"/@\0"
-    if not _valid_absolute(path):
+    if not match_absolute(path):
         raise Fail("EINVAL")
     return path
 

@@ -15,7 +15,7 @@ from xenbus.xenstore.engine.oxenstored.history import Epoch
 from xenbus.xenstore.engine.oxenstored.nodes import OPERATIONS
 from xenbus.xenstore.engine.oxenstored.parsing import absolute, words_of
 from xenbus.xenstore.engine.oxenstored.views import Answer, Transaction
-from xenbus.xenstore.engine.sessions import drop_watch
+from xenbus.xenstore.engine.sessions import drop_watch, reset_watches
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -59,11 +59,6 @@ def unwatch(engine: Engine, conn: Connection, message: Message, tx: Transaction 
     if found is None:
         raise Fail("ENOENT")
     drop_watch(engine, found)
-    return OK
-
-
-def reset_watches(engine: Engine, conn: Connection, message: Message, tx: Transaction | None) -> bytes:
-    engine.drop_session(conn)
     return OK
 
 
