@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from xenbus.errors import (
     Conflict,
@@ -25,19 +25,18 @@ from xenbus.xenstore.asking import Nodes, one
 from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.events import EventStream
 from xenbus.xenstore.image import MIRROR_LIMIT
-from xenbus.xenstore.link import Dependent, Link, dialer
+from xenbus.xenstore.link import Dependent, Link
+from xenbus.xenstore.linked import REQUEST_TIMEOUT, dialer
 from xenbus.xenstore.mirror import Mirror
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Event, WatchRecord
-from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
+from xenbus.xenstore.transaction import RETRY, Attempts, Opened, RetryPolicy, commit
 from xenbus.xenstore.transport import Busy, Transport
 from xenbus.xenstore.wire.message import Op
 
 log = logging.getLogger("xenbus.xenstore")
-P = ParamSpec("P")
 T = TypeVar("T")
 # Seconds.
-REQUEST_TIMEOUT = 30.0
 BUSY_PAUSE = 0.01
 # A guest may have 10 at a time (xenstored, quota "transactions").
 MAX_TRANSACTIONS = 8
@@ -59,17 +58,10 @@ class Watch(WatchRecord):
         await self._client._unwatch(self)
 
 
-class Transaction(Nodes):
+class Transaction(Opened["Client"], Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "_session", "ended", "id", "touched")
-
-    def __init__(self, client: Client, tx_id: int) -> None:
-        self._client = client
-        self._session = client._session
-        self.id = tx_id
-        self.ended = False
-        self.touched = Touched()
+    __slots__ = ()
 
     def _submit(self, call: Call[Any]) -> asyncio.Future[bytes]:
         if self.ended:
@@ -140,20 +132,18 @@ class Client(Link, Nodes):
         reconnect:   what to do when the link is lost (see `Reconnect`); None: nothing works any more
         LinkDown if nobody is there, or has no room for us within `timeout` seconds.
         """
-        dial = dialer(target)
-        if reconnect is not None and dial is None:
-            raise UsageError("reconnect: a transport cannot be made again; give an address, or a function")
+        dial = dialer(target, lambda scheme: scheme.connect, reconnect)
         until = monotonic() + timeout
         while True:
             try:
-                transport = target if dial is None else dial()
+                transport = dial()
             except Busy:
                 if monotonic() >= until:
                     raise
                 await asyncio.sleep(BUSY_PAUSE)
                 continue
             return cls(
-                transport,  # type: ignore[arg-type]  # dial is None for a transport alone
+                transport,
                 timeout,
                 max_transactions,
                 max_watches=max_watches,
@@ -304,19 +294,15 @@ class Client(Link, Nodes):
     async def _transact(self, function: Callable[[Transaction], Awaitable[T]]) -> T:
         await self._take_slot()
         try:
-            tx = Transaction(self, await self._ask(calls.start()))
+            tx_id = await self._ask(calls.start())
+            tx = Transaction(self, self._session, tx_id)
             try:
                 result = await function(tx)
             except BaseException as exc:
-                tx.ended = True
-                tx._session.abort(tx.id)
+                tx._abort(exc)
                 self._kick()
-                if isinstance(exc, Conflict):
-                    tx.touched.report(exc)
                 raise
-            call = calls.end(True)
-            call.tx_id = tx.id
-            waiter = tx._submit(call)
+            waiter = tx._submit(calls.end(True))
             tx.ended = True
             try:
                 await waiter

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
 from math import inf
 from random import random
@@ -16,9 +15,10 @@ from typing import Any, Protocol, TypeVar
 from xenbus.errors import LinkDown, PeerError, StoreError, XenbusError
 from xenbus.xenstore.asking import Asker
 from xenbus.xenstore.calls import Call, Program
+from xenbus.xenstore.linked import Linked
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Session
-from xenbus.xenstore.transport import Transport, default_address, resolve
+from xenbus.xenstore.transport import Transport
 
 log = logging.getLogger("xenbus.xenstore")
 T = TypeVar("T")
@@ -33,16 +33,6 @@ class Dependent(Protocol):
 
 class ClosedHere(LinkDown):
     """Our own doing: nobody is told that the link was lost."""
-
-
-def dialer(
-    target: str | os.PathLike[str] | Transport | Callable[[], Transport] | None,
-) -> Callable[[], Transport] | None:
-    """How to connect to `target`; None for a transport, which is connected."""
-    if target is None or isinstance(target, (str, os.PathLike)):
-        scheme, rest = resolve(target or default_address())
-        return lambda: scheme.connect(rest)
-    return target if callable(target) else None
 
 
 class _Receiver:
@@ -74,7 +64,7 @@ class _Receiver:
         pass
 
 
-class Link(Asker):
+class Link(Linked[Transport], Asker):
     """One connection, or one after the other; `Client` is what people use."""
 
     def __init__(
@@ -86,29 +76,16 @@ class Link(Asker):
         dial: Callable[[], Transport] | None = None,
         reconnect: Reconnect | None = None,
     ) -> None:
-        self.timeout = timeout
+        session = Session(transport.peer, transport.max_outstanding, max_watches=max_watches)
+        super().__init__(session, timeout, dial, reconnect)
         self._loop = asyncio.get_running_loop()
         self._transport = transport
-        self._session = Session(transport.peer, transport.max_outstanding, max_watches=max_watches)
         self._timer: asyncio.TimerHandle | None = None
         self._flushing = False
         # By the token of the watch that each hears of.
         self._dependents: dict[int, Dependent] = {}
-        self._on_lost: list[Callable[[Exception], None]] = []
-        self._on_reconnected: list[Callable[[], None]] = []
-        self._dial = dial
-        self._policy = reconnect
         self._restoring: asyncio.Task[None] | None = None
-        transport.start(_Receiver(self, self._session))
-
-    @property
-    def peer(self) -> str:
-        return self._session.peer
-
-    @property
-    def connected(self) -> bool:
-        """Whether requests can succeed at this moment."""
-        return self._session.dead is None
+        transport.start(_Receiver(self, session))
 
     @property
     def closed(self) -> bool:
@@ -125,14 +102,6 @@ class Link(Asker):
         elif not isinstance(self._session.dead, ClosedHere):
             assert self._session.dead is not None
             callback(self._session.dead)
-
-    def on_reconnected(self, callback: Callable[[], None]) -> None:
-        """`callback()` each time the link stands again and all watches are set again."""
-        self._on_reconnected.append(callback)
-
-    def counts(self) -> dict[str, int]:
-        """What is held: watches, transactions, waiters, unanswered."""
-        return self._session.counts()
 
     async def close(self) -> None:
         """Every waiter gets LinkDown. Idempotent."""
@@ -178,13 +147,6 @@ class Link(Asker):
             self._timer.cancel()
             self._timer = None
         self._transport.close()
-
-    def _tell(self, callbacks: Sequence[Callable[..., None]], *what: Any) -> None:
-        for callback in list(callbacks):
-            try:
-                callback(*what)
-            except Exception:
-                log.exception("a callback for the link to %s failed", self.peer)
 
     # ---- reconnecting ----
 

@@ -6,7 +6,6 @@ Knows a `Pipe`, the session and the clock; not what is asked over it. Nothing ha
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from math import inf
@@ -16,9 +15,10 @@ from typing import Any, TypeVar
 from xenbus.errors import LinkDown, PeerError, StoreError, UsageError, XenbusError
 from xenbus.xenstore.batch import Reply
 from xenbus.xenstore.calls import Call, Program
+from xenbus.xenstore.linked import Linked
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Session
-from xenbus.xenstore.transport import Pipe, Pollable, default_address, resolve
+from xenbus.xenstore.transport import Pipe, Pollable, Scheme
 from xenbus.xenstore.waiting import Asker, Slot
 
 log = logging.getLogger("xenbus.xenstore")
@@ -26,15 +26,11 @@ T = TypeVar("T")
 Submit = Callable[[Call[Any]], Slot]
 
 
-def dialer(target: str | os.PathLike[str] | Pipe | Callable[[], Pipe] | None) -> Callable[[], Pipe] | None:
-    """How to connect to `target`; None for a pipe, which is connected."""
-    if target is None or isinstance(target, (str, os.PathLike)):
-        scheme, rest = resolve(target or default_address())
-        blocking = scheme.blocking
-        if blocking is None:
-            raise UsageError(f"{scheme.name}: needs an event loop; use xenbus.xenstore.client")
-        return lambda: blocking(rest)
-    return target if callable(target) else None
+def blocking(scheme: Scheme) -> Callable[[str], Pipe]:
+    """What opens its pipes. UsageError for one that only an event loop can drive."""
+    if scheme.blocking is None:
+        raise UsageError(f"{scheme.name}: needs an event loop; use xenbus.xenstore.client")
+    return scheme.blocking
 
 
 class _Told:
@@ -68,7 +64,7 @@ class _Told:
                 log.exception("the callback for %s failed", self._call.path)
 
 
-class PipeLink(Asker):
+class PipeLink(Linked[Pipe], Asker):
     """One connection, or one after the other; `SyncClient` is what people use."""
 
     def __init__(
@@ -80,27 +76,14 @@ class PipeLink(Asker):
         dial: Callable[[], Pipe] | None = None,
         reconnect: Reconnect | None = None,
     ) -> None:
-        self.timeout = timeout
+        session = Session(pipe.peer, pipe.max_outstanding, max_watches=max_watches)
+        super().__init__(session, timeout, dial, reconnect)
         self._pipe = pipe
-        self._session = Session(pipe.peer, pipe.max_outstanding, max_watches=max_watches)
         # What the other side had no room for (`process` does not wait for it).
         self._rest = b""
-        self._on_lost: list[Callable[[Exception], None]] = []
-        self._on_reconnected: list[Callable[[], None]] = []
-        self._dial = dial
-        self._policy = reconnect
         self._lost_at = 0.0
         self._tried = 0
         self._restoring = False
-
-    @property
-    def peer(self) -> str:
-        return self._session.peer
-
-    @property
-    def connected(self) -> bool:
-        """Whether the link stood when it was last used."""
-        return self._session.dead is None
 
     @property
     def closed(self) -> bool:
@@ -111,14 +94,6 @@ class PipeLink(Asker):
         """`callback(why)` when a call finds that the link is lost; with `reconnect`, once more when it is
         given up (`closed` is true then)."""
         self._on_lost.append(callback)
-
-    def on_reconnected(self, callback: Callable[[], None]) -> None:
-        """`callback()` each time the link stands again and all watches are set again."""
-        self._on_reconnected.append(callback)
-
-    def counts(self) -> dict[str, int]:
-        """What is held: watches, transactions, waiters, unanswered."""
-        return self._session.counts()
 
     def close(self) -> None:
         """Idempotent."""
@@ -136,13 +111,6 @@ class PipeLink(Asker):
         if not self._restoring:
             self._lost_at, self._tried = time.monotonic(), 0
             self._tell(self._on_lost, exc)
-
-    def _tell(self, callbacks: Sequence[Callable[..., None]], *what: Any) -> None:
-        for callback in list(callbacks):
-            try:
-                callback(*what)
-            except Exception:
-                log.exception("a callback for the link to %s failed", self.peer)
 
     # ---- reconnecting ----
 

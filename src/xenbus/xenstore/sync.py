@@ -8,23 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from xenbus.errors import Conflict, DeadlineError, LinkDown, NoEntry, UsageError
 from xenbus.xenstore import batch, calls
 from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.image import MIRROR_LIMIT
-from xenbus.xenstore.pipelink import PipeLink, dialer
+from xenbus.xenstore.linked import REQUEST_TIMEOUT, dialer
+from xenbus.xenstore.pipelink import PipeLink, blocking
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Event, ResyncEvent, WatchRecord
 from xenbus.xenstore.sync_mirror import SyncMirror
-from xenbus.xenstore.transaction import RETRY, Attempts, RetryPolicy, Touched, commit
+from xenbus.xenstore.transaction import RETRY, Attempts, Opened, RetryPolicy, commit
 from xenbus.xenstore.transport import Pipe
 from xenbus.xenstore.waiting import Nodes, Slot, one
 
-P = ParamSpec("P")
 T = TypeVar("T")
-REQUEST_TIMEOUT = 30.0
 # Different events that wait for `poll_watch`; past that, each watch has one, at its own path.
 MAX_EVENTS = 4096
 
@@ -54,17 +53,10 @@ class Watch(WatchRecord):
         self._client._unwatch(self)
 
 
-class Transaction(Nodes):
+class Transaction(Opened["SyncClient"], Nodes):
     """What a transaction's function works with. UsageError once the transaction has ended."""
 
-    __slots__ = ("_client", "_session", "ended", "id", "touched")
-
-    def __init__(self, client: SyncClient, tx_id: int) -> None:
-        self._client = client
-        self._session = client._session
-        self.id = tx_id
-        self.ended = False
-        self.touched = Touched()
+    __slots__ = ()
 
     def _submit(self, call: Call[Any]) -> Slot:
         if self.ended:
@@ -130,17 +122,8 @@ class SyncClient(PipeLink, Nodes):
         reconnect:   the first call after a loss connects again, for `timeout` seconds at most
         LinkDown if nobody is there. UsageError for an address that only an event loop can drive.
         """
-        dial = dialer(target)
-        if reconnect is not None and dial is None:
-            raise UsageError("reconnect: a pipe cannot be made again; give an address, or a function")
-        pipe = target if dial is None else dial()
-        return cls(
-            pipe,  # type: ignore[arg-type]  # dial is None for a pipe alone
-            timeout,
-            max_watches=max_watches,
-            dial=dial,
-            reconnect=reconnect,
-        )
+        dial = dialer(target, blocking, reconnect)
+        return cls(dial(), timeout, max_watches=max_watches, dial=dial, reconnect=reconnect)
 
     def __enter__(self) -> SyncClient:
         return self
@@ -307,19 +290,15 @@ class SyncClient(PipeLink, Nodes):
             time.sleep(pause)
 
     def _transact(self, function: Callable[[Transaction], T]) -> T:
-        tx = Transaction(self, self._ask(calls.start()))
+        tx_id = self._ask(calls.start())
+        tx = Transaction(self, self._session, tx_id)
         try:
             result = function(tx)
         except BaseException as exc:
-            tx.ended = True
-            tx._session.abort(tx.id)
+            tx._abort(exc)
             self._flush()
-            if isinstance(exc, Conflict):
-                tx.touched.report(exc)
             raise
-        call = calls.end(True)
-        call.tx_id = tx.id
-        slot = tx._submit(call)
+        slot = tx._submit(calls.end(True))
         tx.ended = True
         try:
             self._wait(slot)

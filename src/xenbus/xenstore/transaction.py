@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import random
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from xenbus.errors import Conflict
 from xenbus.xenstore import calls
@@ -16,6 +16,8 @@ from xenbus.xenstore.calls import Call, Program, together, value_of, within
 from xenbus.xenstore.session import Session
 from xenbus.xenstore.wire.message import Op
 
+# A client.
+C = TypeVar("C")
 _WRITES = frozenset(map(int, (Op.WRITE, Op.MKDIR, Op.RM, Op.SET_PERMS)))
 # Paths that a message names; `Conflict` has them all.
 _NAMED = 8
@@ -62,6 +64,29 @@ class Touched:
     def report(self, exc: Conflict) -> None:
         exc.read = tuple(path for path, written in self._calls if not written and path)
         exc.wrote = tuple(path for path, written in self._calls if written)
+
+
+class Opened(Generic[C]):
+    """An open transaction of a client.
+
+    ended: nothing is asked in it any more
+    """
+
+    __slots__ = ("_client", "_session", "ended", "id", "touched")
+
+    def __init__(self, client: C, session: Session, tx_id: int) -> None:
+        self._client = client
+        self._session = session
+        self.id = tx_id
+        self.ended = False
+        self.touched = Touched()
+
+    def _abort(self, exc: BaseException) -> None:
+        """Its function failed with `exc`. What is to be sent is in the session."""
+        self.ended = True
+        self._session.abort(self.id)
+        if isinstance(exc, Conflict):
+            self.touched.report(exc)
 
 
 class Attempts:
