@@ -6,7 +6,6 @@ Knows the loop; neither hypervisor nor ring, nor what the paths mean.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -34,7 +33,6 @@ from xenbus.xenstore.transaction import RETRY, Attempts, Opened, RetryPolicy, co
 from xenbus.xenstore.transport import Busy, Transport
 from xenbus.xenstore.wire.message import Op
 
-log = logging.getLogger("xenbus.xenstore")
 T = TypeVar("T")
 # Seconds.
 BUSY_PAUSE = 0.01

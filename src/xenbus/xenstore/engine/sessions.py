@@ -11,7 +11,6 @@ from xenbus.xenstore.engine.connection import FEATURE_WATCHDEPTH, Connection
 from xenbus.xenstore.engine.dispatch import Fail, Handler, number_of, one_word, words_of
 from xenbus.xenstore.engine.nodes import canonical
 from xenbus.xenstore.engine.transactions import Transaction
-from xenbus.xenstore.engine.tree import NO_GENERATION
 from xenbus.xenstore.engine.watches import Watch
 from xenbus.xenstore.wire import OK, Message, Op
 
@@ -124,12 +123,7 @@ def _check(engine: Engine, conn: Connection, tx: Transaction) -> None:
         limit = domain.quotas.nodes if tx.created and conn.guest and domid else 0
         if limit and domain.nodes + delta >= limit:
             raise Fail("ENOSPC")
-    nodes = engine.nodes
-    for path, entry in tx.accessed.items():
-        node = nodes.get(path)
-        if (NO_GENERATION if node is None else node.generation) != entry.generation:
-            raise Fail("EAGAIN")
-    if tx.stale:
+    if tx.outdated(engine.nodes):
         raise Fail("EAGAIN")
 
 

@@ -64,6 +64,16 @@ class Transaction:
         """Nodes that its end would put into the tree."""
         return [entry.node for entry in self.accessed.values() if entry.modified and entry.node is not None]
 
+    def outdated(self, nodes: dict[bytes, Node]) -> bool:
+        """Whether something it saw is not so any more in that tree: its END is EAGAIN."""
+        if self.stale:
+            return True
+        for path, entry in self.accessed.items():
+            node = nodes.get(path)
+            if (NO_GENERATION if node is None else node.generation) != entry.generation:
+                return True
+        return False
+
     def release(self) -> None:
         """Looks at no node any more. Once."""
         for entry in self.accessed.values():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from xenbus.xenstore.engine import Connection, Domain, Engine
 from xenbus.xenstore.engine.transactions import FIRE_NOT, FIRE_SUBTREE, Entry, Transaction
-from xenbus.xenstore.engine.tree import NO_GENERATION, child_path, parent_of
+from xenbus.xenstore.engine.tree import child_path, parent_of
 from xenbus.xenstore.state.records import (
     DEPTH_ANY,
     ConnectionData,
@@ -120,14 +120,7 @@ def domain_data(engine: Engine, domain: Domain) -> DomainData:
 
 def doomed(engine: Engine, tx: Transaction) -> bool:
     """Whether its END can only fail."""
-    if tx.stale or tx.failed:
-        return True
-    tree = engine.nodes
-    for path, entry in tx.accessed.items():
-        node = tree.get(path)
-        if (NO_GENERATION if node is None else node.generation) != entry.generation:
-            return True
-    return False
+    return tx.failed or tx.outdated(engine.nodes)
 
 
 def _transaction(engine: Engine, number: int, tx: Transaction) -> Iterable[NodeData]:
