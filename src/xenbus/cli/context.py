@@ -1,4 +1,4 @@
-"""What subcommands share: --dir and --json, and printing for a person or a program.
+"""What subcommands share: --dir and --json, printing for a person or a program, and who does not answer.
 
 Knows no room of the house but errors.
 """
@@ -6,13 +6,14 @@ Knows no room of the house but errors.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from xenbus.errors import UsageError
+from xenbus.errors import LinkDown, UsageError
 
 DIR_VARIABLE = "XENBUS_DIR"
 STORE_VARIABLE = "XENBUS_STORE"  # as toolstack/xenhost.py has it: a store by its address
@@ -42,6 +43,16 @@ def need_dir(directory: Path | None, why: str = "") -> Path:
     if directory is None:
         raise UsageError(f"which host? Give --dir DIR, or set {DIR_VARIABLE}{why and f'; {why}'}")
     return directory
+
+
+@contextmanager
+def answering(where: str) -> Iterator[None]:
+    """Within it a store is connected to. LinkDown names the address that nobody answers at."""
+    try:
+        yield
+    except (LinkDown, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise LinkDown(f"no XenStore answers at {where} ({reason})") from error
 
 
 def emit(data: object, as_json: bool, text: str | Callable[[], str]) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xenbus.cli.context import DIR_VARIABLE, STORE_VARIABLE, emit, emit_line, json_option
+from xenbus.cli.context import DIR_VARIABLE, STORE_VARIABLE, answering, emit, emit_line, json_option
 from xenbus.cli.exits import Exit
 from xenbus.cli.values import escaped, jsonable
-from xenbus.errors import LinkDown, UsageError
+from xenbus.errors import UsageError
 
 if TYPE_CHECKING:
     from xenbus.xenstore.transcript import Line
@@ -66,10 +66,8 @@ async def _record(tape: Tape, where: str, listen: Path, command: tuple[str, ...]
     def dial() -> Transport:
         return scheme.connect(rest)
 
-    try:
+    with answering(where):
         dial().close()
-    except (LinkDown, OSError) as error:
-        raise LinkDown(f"no XenStore answers at {where} ({error})") from error
     relay = Relay(tape, dial)
     relay.listen(listen)
     try:
@@ -220,15 +218,11 @@ def replay(file: Path, where: str, as_json: bool) -> int:
 
     records = list(read(file))
     scheme, rest = resolve(where)
-    blocking = scheme.blocking
-    if blocking is None:
-        raise UsageError(f"{scheme.name}: cannot be replayed to")
+    connect = scheme.pipe
 
     def dial() -> Pipe:
-        try:
-            return blocking(rest)
-        except OSError as error:
-            raise LinkDown(f"no XenStore answers at {where} ({error.strerror})") from error
+        with answering(where):
+            return connect(rest)
 
     compared, difference = rerun(records, dial)
     if difference is None:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xenbus.cli.context import STORE_VARIABLE, dir_option, emit, emit_line, json_option, need_dir
+from xenbus.cli.context import STORE_VARIABLE, answering, dir_option, emit, emit_line, json_option, need_dir
 from xenbus.cli.exits import Exit
 from xenbus.cli.recordings import add_to
 from xenbus.cli.values import escaped, jsonable, unescaped
-from xenbus.errors import DeadlineError, LinkDown, UsageError, XenbusError
+from xenbus.errors import DeadlineError, UsageError, XenbusError
 
 if TYPE_CHECKING:
     from xenbus.xenstore.sync import SyncClient, Transaction
@@ -68,22 +68,12 @@ def target_options(command: F) -> F:
 def _connect(where: str) -> SyncClient:
     from xenbus.xenstore.sync import SyncClient
 
-    try:
+    with answering(where):
         return SyncClient.connect(where)
-    except (LinkDown, OSError) as error:
-        raise LinkDown(f"no XenStore answers at {where} ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _perms(client: SyncClient, path: str) -> list[str]:
     return [str(perm) for perm in client.get_perms(path)]
-
-
-def _child(path: str, name: str) -> str:
-    return f"/{name}" if path == "/" else f"{path}/{name}"
 
 
 # Commands
@@ -257,9 +247,11 @@ def list_children(
     Example:
       xenbus store list /local/domain
     """
+    from xenbus.xenstore.wire.paths import join
+
     with connect() as client:
         names = {path: client.directory(path) for path in paths}
-    lines = (_child(path, name) if full else name for path, below in names.items() for name in below)
+    lines = (join(path, name) if full else name for path, below in names.items() for name in below)
     emit(names, as_json, lambda: "\n".join(lines))
 
 

@@ -18,19 +18,12 @@ from xenbus.xenstore.calls import Call, Program
 from xenbus.xenstore.linked import Linked
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Session
-from xenbus.xenstore.transport import Pipe, Pollable, Scheme
+from xenbus.xenstore.transport import Pipe, Pollable
 from xenbus.xenstore.waiting import Asker, Slot
 
 log = logging.getLogger("xenbus.xenstore")
 T = TypeVar("T")
 Submit = Callable[[Call[Any]], Slot]
-
-
-def blocking(scheme: Scheme) -> Callable[[str], Pipe]:
-    """What opens its pipes. UsageError for one that only an event loop can drive."""
-    if scheme.blocking is None:
-        raise UsageError(f"{scheme.name}: needs an event loop; use xenbus.xenstore.client")
-    return scheme.blocking
 
 
 class _Told:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from xenbus.errors import LinkDown
 from xenbus.xenstore.transport import Pipe
 from xenbus.xenstore.transport.recording import Record
-from xenbus.xenstore.wire.message import Message, Op, Parser, encode
+from xenbus.xenstore.wire.message import REPLY_CAP, Message, Op, Parser, encode
 
-REPLY_CAP = 1 << 20
 # Seconds that the store has for what the recorded one sent.
 PATIENCE = 5.0
 # What no two stores have the same: only that there is such an answer is compared.

@@ -17,12 +17,10 @@ from xenbus.errors import DeadlineError, LinkDown, PeerError, StoreError, store_
 from xenbus.xenstore import calls
 from xenbus.xenstore.calls import Call
 from xenbus.xenstore.wire.codecs import CODECS, parse_error
-from xenbus.xenstore.wire.message import Message, Op, Parser, ProtocolError, encode, op_name
+from xenbus.xenstore.wire.message import REPLY_CAP, Message, Op, Parser, ProtocolError, encode, op_name
 
 log = logging.getLogger("xenbus.xenstore")
 
-# A reply may be larger than XENSTORE_PAYLOAD_MAX (oxenstored has sent a DIRECTORY of 6600 bytes), up to here.
-REPLY_CAP = 1 << 20
 _ID_MASK = 0xFFFFFFFF
 
 _WATCH_EVENT = int(Op.WATCH_EVENT)

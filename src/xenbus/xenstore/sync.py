@@ -15,7 +15,7 @@ from xenbus.xenstore import batch, calls
 from xenbus.xenstore.calls import Call, Path, Program
 from xenbus.xenstore.image import MIRROR_LIMIT
 from xenbus.xenstore.linked import REQUEST_TIMEOUT, dialer
-from xenbus.xenstore.pipelink import PipeLink, blocking
+from xenbus.xenstore.pipelink import PipeLink
 from xenbus.xenstore.reconnect import Reconnect
 from xenbus.xenstore.session import Event, ResyncEvent, WatchRecord
 from xenbus.xenstore.sync_mirror import SyncMirror
@@ -122,7 +122,7 @@ class SyncClient(PipeLink, Nodes):
         reconnect:   the first call after a loss connects again, for `timeout` seconds at most
         LinkDown if nobody is there. UsageError for an address that only an event loop can drive.
         """
-        dial = dialer(target, blocking, reconnect)
+        dial = dialer(target, lambda scheme: scheme.pipe, reconnect)
         return cls(dial(), timeout, max_watches=max_watches, dial=dial, reconnect=reconnect)
 
     def __enter__(self) -> SyncClient:

@@ -120,6 +120,13 @@ class Scheme:
     connect: Callable[[str], Transport]
     blocking: Callable[[str], Pipe] | None
 
+    @property
+    def pipe(self) -> Callable[[str], Pipe]:
+        """`blocking`. UsageError where there is none."""
+        if self.blocking is None:
+            raise UsageError(f"{self.name}: needs an event loop; use xenbus.xenstore.client")
+        return self.blocking
+
 
 _SCHEMES: dict[str, Scheme] = {}
 

@@ -274,9 +274,7 @@ def _connect(rest: str) -> RecordingTransport:
 
 def _blocking(rest: str) -> RecordingPipe:
     path, scheme, inner = _split(rest)
-    if scheme.blocking is None:
-        raise UsageError(f"{scheme.name}: needs an event loop")
-    pipe = scheme.blocking(inner)
+    pipe = scheme.pipe(inner)
     tape = _tape(path)
     return RecordingPollable(pipe, tape) if isinstance(pipe, Pollable) else RecordingPipe(pipe, tape)
 

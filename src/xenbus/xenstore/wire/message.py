@@ -15,6 +15,8 @@ from xenbus.errors import PeerError, UsageError
 HEADER = Struct("<IIII")
 HEADER_SIZE = HEADER.size
 PAYLOAD_MAX = 4096
+# A reply may be larger (oxenstored has sent a DIRECTORY of 6600 bytes): up to here a client takes it.
+REPLY_CAP = 1 << 20
 
 _pack_header = HEADER.pack
 _unpack_header = HEADER.unpack_from
@@ -103,8 +105,7 @@ class Parser:
     """Bytes in, messages out. What is incomplete waits inside, never more than header + `limit` bytes
     plus the last piece fed; a message in pieces is copied a constant number of times.
 
-    limit: largest payload accepted, bytes. A client may allow more than PAYLOAD_MAX (oxenstored has sent
-           a DIRECTORY reply of 6600).
+    limit: largest payload accepted, bytes. A client allows REPLY_CAP.
     """
 
     __slots__ = ("_need", "_pending", "limit")
