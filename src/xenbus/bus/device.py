@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from collections.abc import Mapping as MappingT
 from typing import TYPE_CHECKING, Any
 
+from xenbus.bus.device_lock import Locked, PassingLock
 from xenbus.bus.device_log import Allowance, DeviceLog
 from xenbus.bus.driver import XenbusDriver
 from xenbus.bus.error_nodes import ERROR_TEXT_MAX, Doing, errno_of
@@ -63,8 +64,6 @@ class XenbusDevice:
     __slots__ = (
         "_allowance",
         "_fatal",
-        "_lock",
-        "_lock_users",
         "_owned",
         "_state",
         "_tally",
@@ -79,6 +78,7 @@ class XenbusDevice:
         "gone",
         "hold",
         "local_watch",
+        "lock",
         "mailbox",
         "node",
         "otherend_id",
@@ -129,8 +129,7 @@ class XenbusDevice:
         self.queued_since = 0.0
         self._state = state
         self._fatal = False
-        self._lock: asyncio.Lock | None = None
-        self._lock_users = 0
+        self.lock: PassingLock | None = None
         self._owned: Owned | None = None
         self._tally: dict[str, int] | None = None
         self._allowance: Allowance | None = None
@@ -533,8 +532,8 @@ class XenbusDevice:
 
     # ---- the lock for writing and refreshing our state ----
 
-    def locked(self) -> _Locked:
-        return _Locked(self)
+    def locked(self) -> Locked:
+        return Locked(self)
 
     async def refresh_state(self) -> None:
         """Our state from the store, under the lock: a refresh that read the old value must not overwrite a
@@ -550,36 +549,6 @@ class XenbusDevice:
                 return
             if state is not self._state and state is not XenbusState.INITIALISING:
                 self.moved(state)
-
-
-class _Locked:
-    """`async with dev.locked()`. The lock exists only while somebody wants it: 10 000 devices have none."""
-
-    __slots__ = ("_dev",)
-
-    def __init__(self, dev: XenbusDevice) -> None:
-        self._dev = dev
-
-    async def __aenter__(self) -> None:
-        dev = self._dev
-        if dev._lock is None:
-            dev._lock = asyncio.Lock()
-        dev._lock_users += 1
-        try:
-            await dev._lock.acquire()
-        except BaseException:
-            self._leave()
-            raise
-
-    async def __aexit__(self, *exc: object) -> None:
-        assert self._dev._lock is not None
-        self._dev._lock.release()
-        self._leave()
-
-    def _leave(self) -> None:
-        self._dev._lock_users -= 1
-        if not self._dev._lock_users:
-            self._dev._lock = None
 
 
 def is_within(path: str, root: str) -> bool:
