@@ -24,6 +24,7 @@ from xenbus.drivers.block.blkif import (
 )
 from xenbus.drivers.block.storage import Storage, StorageError
 from xenbus.drivers.block.xbbd_grants import Grants, Run, grefs_of, whole_run
+from xenbus.drivers.block.xbbd_order import WriteOrder
 from xenbus.drivers.block.xbbd_transfer import BadRequest, Counters, Transfer
 from xenbus.errors import HypervisorError, PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel
@@ -87,9 +88,7 @@ class BackQueue:
         self._sector_mask = (storage.sector_size >> SECTOR_SHIFT) - 1
         self._backlog = b""  # whole slots that wait for a barrier
         self._deferred: list[Transfer] = []
-        self._serial = 0
-        self._writes: set[int] = set()
-        self._drains: list[tuple[set[int], asyncio.Future[None]]] = []
+        self._order = WriteOrder()
         self._barrier = False
         self._stopped = False
         self._released = False
@@ -251,7 +250,7 @@ class BackQueue:
             pages = [self._grants.copied(asked)]
         if None in pages:
             if op == WRITE:
-                self._enter_write(transfer)
+                self._order.enter(transfer)
             self._deferred.append(transfer)
             return
         try:
@@ -301,7 +300,7 @@ class BackQueue:
         if op == WRITE_BARRIER:
             self._barrier = True
             self._segments += transfer.count
-            self._begin(self._do_barrier(transfer, set(self._writes)))
+            self._begin(self._do_barrier(transfer, set(self._order.writes)))
             return
         try:
             done = self._now(transfer, pages)
@@ -315,7 +314,7 @@ class BackQueue:
                 self._push()
             return
         if op == WRITE:
-            self._enter_write(transfer)
+            self._order.enter(transfer)
         self._deferred.append(transfer)
 
     def _now(self, transfer: Transfer, pages: list[memoryview] | None) -> bool:
@@ -339,12 +338,12 @@ class BackQueue:
 
     def _take_flush(self, raw: bytes) -> None:
         op, _, ident = self._abi.head.unpack_from(raw)
-        self._begin(self._do_flush(op, ident, set(self._writes)))
+        self._begin(self._do_flush(op, ident, set(self._order.writes)))
 
     def _take_empty_barrier(self, ident: int) -> None:
         """A barrier without data: how blkfronts flush where there is a barrier and no flush."""
         self._barrier = True
-        self._begin(self._do_barrier(Transfer(WRITE_BARRIER, ident, 0, ()), set(self._writes)))
+        self._begin(self._do_barrier(Transfer(WRITE_BARRIER, ident, 0, ()), set(self._order.writes)))
 
     def _take_discard(self, raw: bytes) -> None:
         # BLKIF_DISCARD_SECURE, the flag, is ignored where discard-secure is 0 (blkif.h).
@@ -355,7 +354,7 @@ class BackQueue:
             raise BadRequest(f"discard of {count} sectors at {sector}: the disk has {self._sectors}")
         transfer = Transfer(DISCARD, ident, sector, ())
         transfer.total = count
-        self._enter_write(transfer)
+        self._order.enter(transfer)
         self._begin(self._do_discard(transfer))
 
     # -- tasks
@@ -491,7 +490,7 @@ class BackQueue:
 
     async def _do_barrier(self, transfer: Transfer, writes: set[int]) -> None:
         """Everything before it, then itself, then a flush; only then what comes after it."""
-        await self._drained(writes)
+        await self._order.drained(writes)
         status, why = BLKIF_RSP_OKAY, ""
         if transfer.words:
             status, why = BLKIF_RSP_ERROR, "its pages cannot be mapped"
@@ -511,7 +510,7 @@ class BackQueue:
 
     async def _do_flush(self, op: int, ident: int, writes: set[int]) -> None:
         """Covers the writes that were taken before it, answered or not; later ones need not wait."""
-        await self._drained(writes)
+        await self._order.drained(writes)
         status, why = await self._settled(self._storage.flush())
         self._finish(Transfer(op, ident, 0, ()), status, why)
 
@@ -528,32 +527,6 @@ class BackQueue:
             return _status(error), str(error)
         return BLKIF_RSP_OKAY, ""
 
-    # -- the order of writes
-
-    def _enter_write(self, transfer: Transfer) -> None:
-        if not transfer.serial:
-            self._serial += 1
-            transfer.serial = self._serial
-            self._writes.add(self._serial)
-
-    async def _drained(self, writes: set[int]) -> None:
-        """Until these writes are answered."""
-        writes &= self._writes
-        if writes:
-            drained = asyncio.get_running_loop().create_future()
-            self._drains.append((writes, drained))
-            await drained
-
-    def _leave_write(self, serial: int) -> None:
-        self._writes.discard(serial)
-        for entry in list(self._drains):
-            writes, drained = entry
-            writes.discard(serial)
-            if not writes:
-                self._drains.remove(entry)
-                if not drained.done():
-                    drained.set_result(None)
-
     # -- answers
 
     def _finish(self, transfer: Transfer, status: int, why: str = "") -> None:
@@ -564,7 +537,7 @@ class BackQueue:
         if full and not self._full:
             asyncio.get_running_loop().call_soon(self.kick)
         if transfer.serial:
-            self._leave_write(transfer.serial)
+            self._order.leave(transfer.serial)
         if not self._released:
             if status == BLKIF_RSP_OKAY:
                 self._ok(transfer)
