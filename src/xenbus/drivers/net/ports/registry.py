@@ -1,21 +1,18 @@
-"""From the text of a target to an open Port: schemes register themselves, one file each.
+"""From the text of a target to an open Port; what every port takes, whatever its scheme: a capture.
 
-Knows how a target is written, as block's storage registry does; knows no scheme by name.
+Knows no scheme by name: see targets.py.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
-import pkgutil
-import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from urllib.parse import parse_qsl
 
 from xenbus.drivers.net.capture import captured
 from xenbus.drivers.net.packet import Port
+from xenbus.drivers.targets import SchemeRegistry, Target, split_target
 from xenbus.errors import UsageError, XenbusError
+
+__all__ = ["PortError", "Target", "open_port", "parse_target", "port_scheme", "scheme_names"]
 
 
 class PortError(XenbusError):
@@ -27,62 +24,17 @@ class PortError(XenbusError):
         super().__init__(f"{target}: {name}: {detail}")
 
 
-@dataclass(slots=True)
-class Target:
-    """A target taken apart: `scheme:rest?options`."""
-
-    text: str
-    scheme: str
-    rest: str
-    options: dict[str, str] = field(default_factory=dict)
-
-    def finish_options(self) -> None:
-        """Refuse options that no one took: a misspelt one must not be silently ignored."""
-        if self.options:
-            raise UsageError(f"{self.text}: unknown option {', '.join(sorted(self.options))}")
-
-
-Opener = Callable[[Target], Awaitable[Port]]
-_openers: dict[str, Opener] = {}
-_TARGET = re.compile(r"([a-z][a-z0-9-]*):([^?\0]*)(?:\?(.+))?")
-
-
-def port_scheme(*names: str) -> Callable[[Opener], Opener]:
-    """Register an opener for targets that start with `NAME:`."""
-
-    def register(opener: Opener) -> Opener:
-        for name in names:
-            if name in _openers:
-                raise UsageError(f"port scheme {name}: registered twice")
-            _openers[name] = opener
-        return opener
-
-    return register
-
-
-def _load_schemes() -> None:
-    package = importlib.import_module("xenbus.drivers.net.ports.schemes")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-def scheme_names() -> list[str]:
-    """The names that targets may start with."""
-    _load_schemes()
-    return sorted(_openers)
+_schemes: SchemeRegistry[Target, Port] = SchemeRegistry("port", "xenbus.drivers.net.ports.schemes")
+port_scheme = _schemes.register
+scheme_names = _schemes.names
 
 
 def parse_target(text: str) -> Target:
     """Take a target apart. UsageError."""
-    match = _TARGET.fullmatch(text)
-    if match is None:
+    parts = split_target(text)
+    if parts is None or "\0" in text:
         raise UsageError(f"{text!r} is no far side of a net device (tap:NAME, switch:NAME, packet:)")
-    scheme, rest, query = match.groups()
-    try:
-        options = dict(parse_qsl(query or "", keep_blank_values=True, strict_parsing=bool(query)))
-    except ValueError:
-        raise UsageError(f"{text}: options are written ?name=value&name=value") from None
-    return Target(text, scheme, rest, options)
+    return Target(text, *parts)
 
 
 async def open_port(target: str) -> Port:
@@ -93,13 +45,8 @@ async def open_port(target: str) -> Port:
     UsageError for a text that makes no sense, PortError for what cannot be opened.
     """
     parsed = parse_target(target)
-    if parsed.scheme not in _openers:
-        _load_schemes()
-    opener = _openers.get(parsed.scheme)
-    if opener is None:
-        raise UsageError(f"{target}: no port scheme {parsed.scheme} (there are {', '.join(scheme_names())})")
     capture, limit = parsed.options.pop("capture", ""), parsed.options.pop("capture-max", "")
-    port = await opener(parsed)
+    port = await _schemes.open(parsed)
     if not capture:
         return port
     try:
