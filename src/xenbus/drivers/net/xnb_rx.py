@@ -6,7 +6,6 @@ slots of their requests, as Linux's netfront needs it (netif.h, "rx response").
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
@@ -27,8 +26,8 @@ from xenbus.drivers.net.netif import (
 )
 from xenbus.drivers.net.packet import ETH_HLEN, Gso, Link, Packet
 from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece, Posted
+from xenbus.drivers.net.xnb_ring import GuestRing
 from xenbus.errors import PeerError
-from xenbus.hypervisor.interface import Channel
 from xenbus.ring.shared import BackRing
 
 # For each slot its (id, flags, size); of extra info (-1, Gso, gso_size).
@@ -63,12 +62,11 @@ class MulticastFilter:
         return address == BROADCAST or address in self.groups
 
 
-class RxQueue:
+class RxQueue(GuestRing):
     """A Lane.
 
-    link:     what the guest takes
-    kicked:   whether the guest says so when it posts pages (feature-rx-notify); if not, nothing can wait
-    on_fatal: called once, with what the guest did to its ring; nothing more is read off it
+    link:   what the guest takes
+    kicked: whether the guest says so when it posts pages (feature-rx-notify); if not, nothing can wait
     """
 
     def __init__(
@@ -83,37 +81,19 @@ class RxQueue:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_fatal: Callable[[PeerError], None],
     ) -> None:
-        self._ring = ring
+        super().__init__(ring, pages, cable, spawn=spawn, on_fatal=on_fatal)
         self._answers = bytearray(len(ring.slots))  # as the ring will have them
-        self._pages = pages
-        self._cable = cable
-        self._counters = cable.counters
         self._link = link
         self._longest = min(PAGE_SIZE, link.mtu + 18)
         self._multicast = multicast
         self._kicked = kicked
-        self._spawn = spawn
-        self._on_fatal = on_fatal
-        self._channel: Channel | None = None
         self._posted: deque[tuple[int, int]] = deque()  # (id, gref) of requests that may be used
         self._coming: Sequence[tuple[int, int]] = ()  # of those whose pages are being mapped
         self._short = 0  # slots that there was no room for
-        self._over = False
-        self._idle: asyncio.Future[None] | None = None
 
-    # -- its life
-
-    def start(self, channel: Channel) -> None:
-        self._channel = channel
-        self.kick()
-
-    async def stop(self, seconds: float) -> bool:
-        """Nothing more goes in. False if pages were still being mapped after that time."""
-        self._over = True
-        if self._coming and seconds:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._idle], timeout=seconds)
-        return not self._coming
+    @property
+    def _mapping(self) -> bool:
+        return bool(self._coming)
 
     # -- requests
 
@@ -169,8 +149,7 @@ class RxQueue:
             await self._pages.bring(refs, others)
         finally:
             coming, self._coming = self._coming, ()
-            if self._idle is not None and not self._idle.done():
-                self._idle.set_result(None)
+            self._rest()
         if not self._over:
             self._posted.extend(coming)
             if self._refill():  # those that came meanwhile

@@ -26,8 +26,8 @@ from xenbus.drivers.net.netif import (
 from xenbus.drivers.net.packet import ETH_HLEN, Packet
 from xenbus.drivers.net.xnb_chain import EXTRA, Chain, split
 from xenbus.drivers.net.xnb_pages import Buffer, Pages
+from xenbus.drivers.net.xnb_ring import GuestRing
 from xenbus.errors import PeerError
-from xenbus.hypervisor.interface import Channel
 from xenbus.ring.lookout import Lookout
 from xenbus.ring.shared import REQ_PROD, BackRing
 
@@ -36,10 +36,9 @@ BATCH: Final = 64
 WORK_PER_WAKEUP: Final = 256
 
 
-class TxQueue:
+class TxQueue(GuestRing):
     """on_groups: a guest changes its multicast filter: (add, address) each
     on_error:  what was wrong with a packet
-    on_fatal:  called once, with what the guest did to its ring; nothing more is read off it
     """
 
     def __init__(
@@ -53,54 +52,37 @@ class TxQueue:
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
     ) -> None:
-        self._ring = ring
+        super().__init__(ring, pages, cable, spawn=spawn, on_fatal=on_fatal)
         self._lookout = Lookout(ring.words, REQ_PROD)
-        self._pages = pages
-        self._cable = cable
-        self._counters = cable.counters
-        self._spawn = spawn
         self._on_groups = on_groups
         self._on_error = on_error
-        self._on_fatal = on_fatal
-        self._channel: Channel | None = None
-        self._rest = b""  # of a chain whose end has not come
+        self._begun = b""  # of a chain whose end has not come
         self._bringing = False
         self._scheduled = False
-        self._stopped = False
-        self._idle: asyncio.Future[None] | None = None
 
     # -- its life
 
-    def start(self, channel: Channel) -> None:
-        """Serve from now on; what is on the ring already is served at once."""
-        self._channel = channel
-        self.kick()
-
-    async def stop(self, seconds: float) -> bool:
-        """Take nothing more. False if pages were still being mapped after that time."""
-        self._stopped = True
-        if self._bringing and seconds:
-            self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._idle], timeout=seconds)
-        return not self._bringing
+    @property
+    def _mapping(self) -> bool:
+        return self._bringing
 
     def hold(self) -> None:
-        self._stopped = True
+        self._over = True
 
     def release(self) -> None:
-        self._stopped = False
+        self._over = False
         self.kick()
 
     # -- taking requests
 
     def kick(self) -> None:
         """The event channel's handler, and whatever else may have made it possible to go on."""
-        if self._stopped or self._scheduled or self._bringing or self._channel is None or self._cable.blocked:
+        if self._over or self._scheduled or self._bringing or self._channel is None or self._cable.blocked:
             return
         try:
             self._work(WORK_PER_WAKEUP)
         except PeerError as error:
-            self._stopped = True
+            self._over = True
             self._on_fatal(error)
 
     def _work(self, budget: int) -> None:
@@ -108,9 +90,9 @@ class TxQueue:
         while True:
             slots = ring.take_request_slots(BATCH)
             if slots:
-                if (self._rest or not self._plain(slots)) and not self._chains(self._rest + slots):
+                if (self._begun or not self._plain(slots)) and not self._chains(self._begun + slots):
                     return
-                if self._stopped or self._cable.blocked:
+                if self._over or self._cable.blocked:
                     return
             # As the front: while we look we are not notified.
             more = slots and self._lookout.moved(ring.req_cons)
@@ -156,7 +138,7 @@ class TxQueue:
     def _chains(self, slots: bytes) -> bool:
         """Packets of any kind. False: their pages are to be mapped first, and a task goes on from there."""
         chains, end = split(slots)
-        self._rest = slots[end:]
+        self._begun = slots[end:]
         limit = self._cable.limit
         for chain in chains:
             if chain.size > limit and not chain.gso and chain.wrong is None:
@@ -176,9 +158,8 @@ class TxQueue:
             await self._pages.bring(refs, others)
         finally:
             self._bringing = False
-            if self._idle is not None and not self._idle.done():
-                self._idle.set_result(None)
-        if not self._stopped:
+            self._rest()
+        if not self._over:
             self._finish(chains, good)
             self.kick()
 
