@@ -159,7 +159,8 @@ def _own() -> Iterator[metadata.EntryPoint]:
     """Those that come along: a source tree that is only on the path (PYTHONPATH) has no metadata."""
     package = importlib.import_module(ENTRY_POINTS)  # of the same name as the group
     for module in pkgutil.iter_modules(package.__path__):
-        yield metadata.EntryPoint(module.name, f"{ENTRY_POINTS}.{module.name}", ENTRY_POINTS)
+        if module.ispkg:  # one folder an interface; a module is what they share
+            yield metadata.EntryPoint(module.name, f"{ENTRY_POINTS}.{module.name}", ENTRY_POINTS)
 
 
 class _Part(DriverRegistry):

@@ -195,7 +195,7 @@ LIES = [
     ({"tx-ring-ref": None}, "tx-ring-ref is missing"),
     ({"rx-ring-ref": "tx-ring-ref"}, "is that of tx-ring-ref already"),
     ({"tx-ring-ref": 9999}, "grant 9999"),
-    ({"tx-ring-ref": "x"}, "no number"),
+    ({"tx-ring-ref": "x"}, "is not a number"),
     ({"event-channel": None}, "event-channel is missing"),
     ({"event-channel": 4000}, "4000"),
     ({"event-channel-tx": 1, "event-channel-rx": 1}, "is that of event-channel-tx already"),

@@ -215,7 +215,7 @@ def test_options_are_nodes_of_the_back_end():
     ("keys", "says"),
     [
         ({"xnb_max_queues": "17"}, "xnb-max-queues: 17, 1 to 16"),
-        ({"xnb_sg": "yes"}, "xnb-sg: b'yes' is no number"),
+        ({"xnb_sg": "yes"}, "xnb-sg: b'yes' is not a number"),
         ({"port": "pakcet:"}, "no port scheme pakcet"),
         ({"port": "packet:?ofloads=1"}, "unknown option ofloads"),
         ({"mtu": "67"}, "mtu: 67, 68 to 65521"),

@@ -1,6 +1,6 @@
 """The block interface of xen/include/public/io/blkif.h: layouts for both x86 ABIs, constants, vdev numbers.
 
-Knows bytes alone, and numbers as the store has them: no ring, no store, no device. Every sector number and
+Knows bytes alone: no ring, no store, no device. Every sector number and
 count here is in units of 512 bytes, whatever `sector-size` says (the current header; Xen 4.17's says
 otherwise, and corrupts data).
 """
@@ -130,16 +130,6 @@ ABIS: Final = {abi.name: abi for abi in (X86_64, X86_32, ARM)}
 NATIVE: Final = {"aarch64": ARM, "armv7l": ARM, "i686": X86_32, "i386": X86_32}.get(
     os.uname().machine, X86_64
 )
-
-
-def number(raw: bytes) -> int:
-    """A decimal number as the peer wrote it, below 2**64. ValueError."""
-    if not raw.isdigit() or len(raw) > 20:
-        raise ValueError(f"{raw[:32]!r} is not a number")
-    value = int(raw)
-    if value >> 64:
-        raise ValueError(f"{value} is more than 64 bits hold")
-    return value
 
 
 def abi_of(protocol: str) -> Abi:

@@ -7,13 +7,13 @@ xbbd_grants', bytes the storage's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, back_driver
+from xenbus.bus import XenbusDevice, XenbusState, back_driver
 from xenbus.bus.journals import JournalBusy, identity
 from xenbus.drivers.block import blkif
-from xenbus.drivers.block.blkif import Op, number
+from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
 from xenbus.drivers.block.xbbd_copy import copies_for
 from xenbus.drivers.block.xbbd_front import HEAD, Parameters, Shape
@@ -28,15 +28,15 @@ from xenbus.drivers.block.xbbd_options import (
 )
 from xenbus.drivers.block.xbbd_queue import QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
-from xenbus.errors import DeadlineError, HypervisorError, PeerError, UsageError
+from xenbus.drivers.halves import BackEnd
+from xenbus.drivers.nodes import number
+from xenbus.errors import DeadlineError, HypervisorError, UsageError, XenbusError
 from xenbus.newbus import NoMatch
 from xenbus.ring.journal import JournalError
 from xenbus.ring.shared import BackRing
 
-# Seconds for the disk to end what it is at when the front goes, and for the front to go when we are detached:
-# together less than the bus gives a detach.
+# Seconds for the disk to end what it is at when the front goes.
 DRAIN_TIMEOUT = 3.0
-DETACH_TIMEOUT = 6.0
 # Where Linux's xen-blkback is loaded every `backend/vbd` is its own; xbbd beside it serves `backend/xbbd`.
 OWN_TYPE = "xbbd"
 # Seconds for a process that we go on for to be gone: its journals unlocked, and then its ports unbound.
@@ -49,7 +49,7 @@ _HAS_RING = (XenbusState.INITIALISED, XenbusState.CONNECTED, XenbusState.CLOSING
 
 
 @back_driver("vbd", OWN_TYPE)
-class Xbbd(XenbusDriver):
+class Xbbd(BackEnd[Parameters]):
     """The class attributes from max_queues to discard are what a front may have where the device's nodes do
     not say otherwise: see Options."""
 
@@ -71,48 +71,40 @@ class Xbbd(XenbusDriver):
         self._storage: Storage | None = None
         self._options = Options.of(type(self), dev.node, dict.fromkeys(o.key for o in OPTIONS))
         self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
-        self._parameters: Parameters | None = None
         self._grants: Grants | None = None
         self._journals = Journals(dev)
         self._again = 0
-        self._busy = asyncio.Lock()  # connecting and disconnecting: detach may run beside otherend_changed
-        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
-            XenbusState.INITIALISING: self._front_restarted,
-            XenbusState.INITIALISED: self._connect,
-            XenbusState.CONNECTED: self._connect,
-            XenbusState.CLOSING: self._front_closing,
-            XenbusState.CLOSED: self._front_closed,
-        }
+
+    @property
+    def _linked(self) -> bool:
+        return bool(self._links)
 
     # -- callbacks of the bus
 
     async def attach(self) -> None:
         await self._read_options()
-        storage = await self._open()
-        try:
-            await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
-        except BaseException:
-            await self._close_storage()  # a device that was not attached is not detached
-            raise
+        await super().attach()
 
     async def recover(self) -> None:
         """Goes on with the rings, and the requests in them, of a process that was killed."""
-        dev, peer = self.dev, self.dev.otherend_state
         await self._read_options()
-        if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
-            await self.attach()  # it began anew, and waits for us to do so
-        elif dev.state is not XenbusState.CLOSED and peer in _HAS_RING:
-            try:
-                await self._resume_rings()
-            except JournalBusy as busy:
-                self.dev.log.error("left alone: %s", busy)
-                raise NoMatch(str(busy)) from None
-            except JournalError:
-                if peer is not XenbusState.INITIALISED:
-                    raise
-                await self._connect()  # it has asked for nothing yet
-        elif peer is XenbusState.UNKNOWN:
-            raise PeerError(f"{dev.otherend}: its state cannot be read")
+        await super().recover()
+
+    @property
+    def _left_linked(self) -> bool:
+        return self.dev.state is not XenbusState.CLOSED and self.dev.otherend_state in _HAS_RING
+
+    async def _resume(self) -> None:
+        """A journal that does not fit makes it impossible, above all."""
+        try:
+            await super()._resume()
+        except JournalBusy as busy:
+            self.dev.log.error("left alone: %s", busy)
+            raise NoMatch(str(busy)) from None
+        except JournalError:
+            if self.dev.otherend_state is not XenbusState.INITIALISED:
+                raise
+            await self._connect()  # it has asked for nothing yet
 
     async def release(self) -> None:
         """Another process goes on: what runs ends, and the journals stay."""
@@ -120,14 +112,9 @@ class Xbbd(XenbusDriver):
             async with self._busy:
                 left = await self._give_back(keep=True)
         finally:
-            await self._close_storage()
+            await self._close_far_side()
         if left:
             raise DeadlineError("requests in flight to end", self.dev.nameunit, DRAIN_TIMEOUT)
-
-    async def otherend_changed(self, state: XenbusState) -> None:
-        act = self._states.get(state)
-        if act is not None:
-            await act()
 
     async def suspend(self) -> None:
         """A driver domain of its own is suspended: what runs is let end."""
@@ -142,27 +129,8 @@ class Xbbd(XenbusDriver):
                 return
             links, self._links, self._grants = self._links, [], None
             await _all(link.abandon() for link in links)
-        storage = self._storage
-        if storage is not None:
-            await self.dev.set_state(XenbusState.INIT_WAIT, self._features(storage))
-
-    async def detach(self) -> None:
-        dev = self.dev
-        try:
-            if not dev.gone and dev.state is not XenbusState.CLOSED:
-                try:
-                    await dev.set_state(XenbusState.CLOSING)
-                    await dev.wait_otherend(XenbusState.CLOSED, timeout=DETACH_TIMEOUT)
-                except DeadlineError as error:
-                    dev.log.warning("detached by force: %s", error)
-        finally:
-            # Also when the bus's deadline ended it: the file must not stay open.
-            try:
-                await self._disconnect()
-            finally:
-                await self._close_storage()
-        if not dev.gone:
-            await dev.set_state(XenbusState.CLOSED)
+        if self._storage is not None:
+            await self.dev.set_state(XenbusState.INIT_WAIT, self._offer())
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         counters = self.counters
@@ -216,75 +184,40 @@ class Xbbd(XenbusDriver):
         said = await self.dev.gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys))
         self._options = Options.of(type(self), self.dev.node, said)
 
-    async def _close_storage(self) -> None:
+    async def _close_far_side(self) -> None:
         storage, self._storage = self._storage, None
         if storage is not None:
             await storage.close()
 
-    def _features(self, storage: Storage) -> dict[str, object]:
+    def _offer(self) -> dict[str, object]:
+        storage = self._storage
+        assert storage is not None
         return self._options.nodes(discards=_discards(storage), sector_size=storage.sector_size)
 
     # -- the handshake
 
-    async def _connect(self) -> None:
-        dev = self.dev
-        async with self._busy:
-            if dev.state in (XenbusState.CLOSING, XenbusState.CLOSED):
-                return
-            if self._links and dev.otherend_state is not XenbusState.INITIALISED:
-                return  # Connected, as we are
-            parameters = await self._front_parameters()
-            if self._links:
-                if parameters == self._parameters:
-                    return
-                await self._give_back()  # it began anew, so fast that its Initialising was never seen
-            storage = await self._open()
-            self._parameters = parameters
-            try:
-                await self._build(storage, parameters)
-            except BaseException:
-                await self._give_back()
-                raise
-            connected = await dev.set_state(XenbusState.CONNECTED, self._properties(storage))
-            if connected:
-                for link in self._links:
-                    link.start()
-
-    async def _resume_rings(self) -> None:
-        """From `recover`. Raises what makes it impossible, a journal that does not fit above all."""
-        dev = self.dev
-        async with self._busy:
-            parameters = await self._front_parameters()
-            storage = await self._open()
-            self._parameters = parameters
-            try:
-                await self._check_same_disk(storage)
-                await self._take_over(storage, parameters)
-            except BaseException:
-                await self._give_back()
-                await self._close_storage()
-                raise
-            again = sum(link.again for link in self._links)
-            self._again += again
-            dev.log.info("goes on for a process that ended: %d requests are done again", again)
+    async def _built(self) -> None:
+        assert self._storage is not None
+        if await self.dev.set_state(XenbusState.CONNECTED, self._properties(self._storage)):
             for link in self._links:
                 link.start()
-                link.kick_front()
 
-    async def _take_over(self, storage: Storage, front: Parameters) -> None:
-        """The kernel may still be at the former process's end: its threads in system calls, its ports."""
-        now = asyncio.get_running_loop().time
-        began = now()
-        while True:
-            try:
-                await self._build(storage, front, resumes=True)
-                return
-            except (JournalBusy, HypervisorError) as error:
-                limit = BUSY_TIMEOUT if isinstance(error, JournalBusy) else PORT_TIMEOUT
-                if now() - began >= limit:
-                    raise
-            await self._give_back(keep=True)
-            await asyncio.sleep(0.05)
+    async def _take_over(self, parameters: Parameters) -> None:
+        await self._check_same_disk(await self._open())
+        await super()._take_over(parameters)
+
+    async def _resumed(self) -> None:
+        again = sum(link.again for link in self._links)
+        self._again += again
+        self.dev.log.info("goes on for a process that ended: %d requests are done again", again)
+        for link in self._links:
+            link.start()
+            link.kick_front()
+
+    def _patience(self, error: XenbusError) -> float:
+        if isinstance(error, JournalBusy):
+            return BUSY_TIMEOUT
+        return PORT_TIMEOUT if isinstance(error, HypervisorError) else 0.0
 
     async def _check_same_disk(self, storage: Storage) -> None:
         """UsageError if the front was told of another disk than this one."""
@@ -294,15 +227,15 @@ class Xbbd(XenbusDriver):
             raise UsageError(f"{storage.target}: it is {now}, and its guest was told {told}")
 
     async def _front_parameters(self) -> Parameters:
-        """What the front published, or PeerError that names what is wrong with it."""
         dev, options = self.dev, self._options
         said = await dev.otherend_gather(dict.fromkeys(HEAD, bytes), dict.fromkeys(HEAD))
         shape = Shape.of(dev.otherend_path, said, options.max_queues, options.max_ring_page_order)
         keys = shape.keys()
         return shape.parameters(await dev.otherend_gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys)))
 
-    async def _build(self, storage: Storage, front: Parameters, *, resumes: bool = False) -> None:
-        dev, options = self.dev, self._options
+    async def _build(self, front: Parameters, *, resumes: bool = False) -> None:
+        dev, options, storage = self.dev, self._options, self._storage
+        assert storage is not None
         # One for all queues, so that what a guest can have mapped is bounded by device (Linux: by queue).
         kept = options.max_persistent_grants if front.persistent else 0
         copies = None if kept else copies_for(dev.hv.gntdev, dev.otherend_id)
@@ -350,30 +283,13 @@ class Xbbd(XenbusDriver):
             "info": blkif.VDISK_READONLY if storage.readonly else 0,
         }
 
-    async def _front_restarted(self) -> None:
-        """It begins anew without having closed (a guest that was reset): the old ring is nobody's."""
-        if self._links:
-            await self._disconnect()
-            if self.dev.state is XenbusState.CONNECTED:
-                await self.dev.set_state(XenbusState.INIT_WAIT)
-
-    async def _front_closing(self) -> None:
-        """It may still have requests in flight: they are served until it is Closed."""
-        if self.dev.state is not XenbusState.CLOSED:
-            await self.dev.set_state(XenbusState.CLOSING)
-
     async def _front_closed(self) -> None:
-        """Closed, or its node is gone. The storage is opened again when a front comes back."""
+        """The storage is opened again when a front comes back."""
         await self._disconnect()
-        await self._close_storage()
-        await self.dev.set_state(XenbusState.CLOSED)
+        await self._close_far_side()
+        await super()._front_closed()
 
     # -- the end
-
-    async def _disconnect(self) -> None:
-        """Let what runs end, then give back ring, channel and pages. Idempotent."""
-        async with self._busy:
-            await self._give_back()
 
     async def _give_back(self, *, keep: bool = False) -> int:
         """Returns how many requests did not end. keep: another process goes on with the rings."""
@@ -391,14 +307,6 @@ class Xbbd(XenbusDriver):
     def _refused(self, what: str) -> None:
         """A request was answered with an error: its guest's doing, or its disk's; people want to know."""
         self.dev.log.warning("%s", what)
-
-    def _broken(self, error: PeerError) -> None:
-        """The front broke its ring: this device is over, the others go on."""
-        self.dev.spawn(self._give_up(error), name=f"{self.dev.nameunit} gives up")
-
-    async def _give_up(self, error: PeerError) -> None:
-        await self.dev.fatal(error)
-        await self._disconnect()
 
 
 def _discards(storage: Storage) -> bool:

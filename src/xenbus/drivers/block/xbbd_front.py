@@ -6,11 +6,11 @@ and "Multiple hardware queues/rings"; knows no store and no device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from xenbus.drivers.block import blkif
+from xenbus.drivers.nodes import Names, Said, number_of, queue_folder
 from xenbus.errors import PeerError
 
 NUM_QUEUES: Final = "multi-queue-num-queues"
@@ -18,8 +18,6 @@ ORDER: Final = "ring-page-order"
 PAGES: Final = "num-ring-pages"
 # What is read first: the names of all the rest follow from it.
 HEAD: Final = (NUM_QUEUES, ORDER, PAGES, "protocol", "feature-persistent")
-
-Said = Mapping[str, bytes | None]  # None: not there
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,12 +56,12 @@ class Shape:
     @classmethod
     def of(cls, path: str, said: Said, max_queues: int, max_order: int) -> Shape:
         """From the values of HEAD. PeerError that names the key, and what it may be."""
-        queues = _number(path, NUM_QUEUES, said[NUM_QUEUES], 1)
+        queues = number_of(path, NUM_QUEUES, said, 1)
         if not 1 <= queues <= max_queues:
             raise PeerError(f"{path}/{NUM_QUEUES}: {queues}, 1 to {max_queues} it can be")
-        key, order = ORDER, _number(path, ORDER, said[ORDER], 0)
+        key, order = ORDER, number_of(path, ORDER, said, 0)
         if said[ORDER] is None and said[PAGES] is not None:  # the older scheme alone (note 3)
-            key, pages = PAGES, _number(path, PAGES, said[PAGES], 1)
+            key, pages = PAGES, number_of(path, PAGES, said, 1)
             order = pages.bit_length() - 1
             if not pages or pages & (pages - 1):
                 raise PeerError(f"{path}/{PAGES}: {pages} is no power of two")
@@ -74,13 +72,9 @@ class Shape:
             abi = blkif.abi_of((said["protocol"] or b"").decode())
         except (PeerError, UnicodeDecodeError) as error:
             raise PeerError(f"{path}/protocol: {error}") from None
-        persistent = _number(path, "feature-persistent", said["feature-persistent"], 0)
+        persistent = number_of(path, "feature-persistent", said, 0)
         either = not order and said[ORDER] is not None
         return cls(path, queues, order, either, abi, bool(persistent))
-
-    def folder(self, queue: int) -> str:
-        """Before the keys of a queue: with one queue they stand in the node itself."""
-        return f"queue-{queue}/" if self.queues > 1 else ""
 
     def ref_names(self) -> list[str]:
         return [f"ring-ref{n}" for n in range(1 << self.order)] if self.order else ["ring-ref"]
@@ -90,41 +84,18 @@ class Shape:
         names = ["event-channel", *self.ref_names()]
         if self.either:
             names.append("ring-ref0")
-        return [self.folder(queue) + name for queue in range(self.queues) for name in names]
+        return [queue_folder(self.queues, queue) + name for queue in range(self.queues) for name in names]
 
     def parameters(self, said: Said) -> Parameters:
         """From the values of `keys`. PeerError that names the first key that is missing or makes no sense."""
-        seen: dict[int, str] = {}
-        ports: dict[int, str] = {}
+        grants, ports = Names(self.path, "grant reference"), Names(self.path, "port")
         queues = []
         for queue in range(self.queues):
-            folder = self.folder(queue)
+            folder = queue_folder(self.queues, queue)
             names = [folder + name for name in self.ref_names()]
             if self.either and said[names[0]] is None and said[f"{names[0]}0"] is not None:
                 names = [f"{names[0]}0"]
-            port = self._once(said, f"{folder}event-channel", ports, "port")
-            refs = tuple([self._once(said, name, seen, "grant reference") for name in names])
+            port = ports.take(said, f"{folder}event-channel")
+            refs = tuple([grants.take(said, name) for name in names])
             queues.append(QueueKeys(refs, port))
         return Parameters(tuple(queues), self.abi, self.persistent)
-
-    def _once(self, said: Said, key: str, seen: dict[int, str], what: str) -> int:
-        """A 32-bit number that no other key has."""
-        raw = said[key]
-        if raw is None:
-            raise PeerError(f"{self.path}/{key} is missing")
-        value = _number(self.path, key, raw, 0)
-        if value >> 32:
-            raise PeerError(f"{self.path}/{key}: {value} is no {what}")
-        if value in seen:
-            raise PeerError(f"{self.path}/{key}: {what} {value} is that of {seen[value]} already")
-        seen[value] = key
-        return value
-
-
-def _number(path: str, key: str, raw: bytes | None, default: int) -> int:
-    if raw is None:
-        return default
-    try:
-        return blkif.number(raw)
-    except ValueError as error:
-        raise PeerError(f"{path}/{key}: {error}") from None

@@ -9,24 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
-from xenbus.errors import UsageError
+from xenbus.drivers.options import Option, read_options
 
 MAX_QUEUES: Final = 16
 MAX_RING_PAGE_ORDER: Final = 4
 MAX_INDIRECT_SEGMENTS: Final = 256
-
-
-@dataclass(slots=True, frozen=True)
-class Option:
-    """name: of the field of Options, and of the driver's class attribute that has the default
-    key: of the node in the back end's directory; least, most: what it may be"""
-
-    name: str
-    key: str
-    least: int
-    most: int
 
 
 OPTIONS: Final = (
@@ -56,24 +44,8 @@ class Options:
 
     @classmethod
     def of(cls, driver: type, node: str, said: Mapping[str, bytes | None]) -> Options:
-        """driver: has the defaults; said: the values of every key of OPTIONS, None where there is none.
-
-        UsageError that names the node, and what it may be.
-        """
-        values: dict[str, int] = {}
-        for option in OPTIONS:
-            raw = said[option.key]
-            if raw is None:
-                values[option.name] = int(getattr(driver, option.name))
-                continue
-            try:
-                value = blkif.number(raw)
-            except ValueError as error:
-                raise UsageError(f"{node}/{option.key}: {error}") from None
-            if not option.least <= value <= option.most:
-                raise UsageError(f"{node}/{option.key}: {value}, {option.least} to {option.most} it can be")
-            values[option.name] = value
-        return cls(**values)
+        """See read_options. UsageError that names the node, and what it may be."""
+        return cls(**read_options(OPTIONS, driver, node, said))
 
     def operations(self, *, discards: bool) -> frozenset[int]:
         """What a request may ask for. discards: whether the storage does, and may."""

@@ -7,27 +7,24 @@ requests xbd_io's, pages xbd_pool's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from xenbus.bus import Feature, Merge, XenbusDevice, XenbusDriver, XenbusState, front_driver, negotiate
+from xenbus.bus import Feature, Merge, XenbusDevice, XenbusState, front_driver, negotiate
 from xenbus.bus.operations import Operation
 from xenbus.drivers.block import blkif
-from xenbus.drivers.block.blkif import number
 from xenbus.drivers.block.disk import Disk, Geometry
 from xenbus.drivers.block.diskio import FLUSH, OP_NAMES, WRITE_BARRIER
 from xenbus.drivers.block.operations import DiskOperations
 from xenbus.drivers.block.xbd_io import Connection, Queue
 from xenbus.drivers.block.xbd_pool import MAX_SEGMENTS, Bin
 from xenbus.drivers.block.xbd_queue import TRANSPORT_KEY, FrontLink
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, UsageError, XenbusError
+from xenbus.drivers.halves import FrontEnd
+from xenbus.drivers.nodes import number
+from xenbus.errors import LinkDown, PeerError, UsageError, XenbusError
 
 # Seconds for the back end to answer what is in flight when either side closes, or when we are suspended.
 DRAIN_TIMEOUT = 5.0
-# Seconds that a back end has to unmap our pages once we are Closed and being detached.
-UNMAP_TIMEOUT = 3.0
-# A back end that stands there may have pages of ours mapped.
-_MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
 
 RING_ORDER = Feature("ring-page-order", Merge.LEAST, key="ring-page-order", peer_key="max-ring-page-order")
 QUEUES = Feature("queues", Merge.LEAST, default=1, peer_key="multi-queue-max-queues", least=1)
@@ -43,7 +40,7 @@ FEATURES = (
 
 
 @front_driver("vbd")
-class Xbd(XenbusDriver):
+class Xbd(FrontEnd):
     """Its `disk` is there from the start; I/O on it waits for the connection.
 
     The class attributes from abi to discard are what this front makes use of, as far as the back end has it.
@@ -79,7 +76,7 @@ class Xbd(XenbusDriver):
         self._handle = 0
         self._links: list[FrontLink] = []
         self._operations: DiskOperations | None = None
-        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
+        self._states = {
             XenbusState.INIT_WAIT: self._initialise,
             XenbusState.INITIALISED: self._initialise,
             XenbusState.CONNECTED: self._connect,
@@ -87,15 +84,14 @@ class Xbd(XenbusDriver):
             XenbusState.CLOSED: self._closed,
         }
 
+    @property
+    def _granted(self) -> bool:
+        return bool(self._links)
+
     # -- callbacks of the bus
 
     async def attach(self) -> None:
         self._handle = (await self.dev.gather({"virtual-device": number}))["virtual-device"]
-
-    async def otherend_changed(self, state: XenbusState) -> None:
-        act = self._states.get(state)
-        if act is not None:
-            await act()
 
     async def suspend(self) -> None:
         """Nothing new goes out; what is in flight is waited for, since a back end that is slow to die could
@@ -152,7 +148,7 @@ class Xbd(XenbusDriver):
         if dev.state is not XenbusState.INITIALISING or self._links:
             return
         shape = (RING_ORDER, QUEUES)
-        agreed = negotiate(shape, self._ours(), await self._features_of(shape))
+        agreed = negotiate(shape, self._ours(), await self._said(feature.peer_key for feature in shape))
         order, count = agreed.number(RING_ORDER.name), agreed.number(QUEUES.name)
         self._links = [FrontLink(dev, self.queue.kick) for _ in range(count)]
         for link in self._links:
@@ -165,21 +161,8 @@ class Xbd(XenbusDriver):
             values["multi-queue-num-queues"] = count
         for n, link in enumerate(self._links):
             values |= link.nodes(f"queue-{n}/" if count > 1 else "")
-        await self._clear(values)
+        await self._clear(values, TRANSPORT_KEY)
         await dev.set_state(XenbusState.INITIALISED, values)
-
-    async def _clear(self, values: Mapping[str, object]) -> None:
-        """Away with what an earlier connection published and this one does not."""
-        dev = self.dev
-        ours = {key.partition("/")[0] for key in values}
-        try:
-            there = await dev.store.directory(dev.node)
-        except NoEntry:
-            return  # the node is gone: the bus will say so
-        for key in there:
-            # An earlier queue-N may hold more than this one's: all of it goes.
-            if TRANSPORT_KEY.fullmatch(key) and (key not in ours or key.startswith("queue-")):
-                await dev.remove(key)
 
     async def _connect(self) -> None:
         """The back end serves our ring: learn the disk. When connected already: it may have a new size."""
@@ -200,11 +183,6 @@ class Xbd(XenbusDriver):
             self.disk.now_connected(geometry)
             self.queue.connect([link.connect(self.abi, segments, self._handle) for link in self._links])
 
-    async def _features_of(self, features: tuple[Feature, ...]) -> dict[str, str | None]:
-        keys = [feature.peer_key for feature in features]
-        found = await self.dev.otherend_gather(dict.fromkeys(keys, _text), dict.fromkeys(keys))
-        return dict(found)
-
     def _ours(self) -> dict[str, int]:
         """By the names of FEATURES."""
         return {
@@ -219,7 +197,8 @@ class Xbd(XenbusDriver):
 
     async def _geometry(self) -> Geometry:
         """The peer's word on the disk, checked. PeerError."""
-        agreed = negotiate(FEATURES, self._ours(), await self._features_of(FEATURES))
+        said = await self._said(feature.peer_key for feature in FEATURES)
+        agreed = negotiate(FEATURES, self._ours(), said)
         self.dev.features = agreed
         wanted = ("sectors", "sector-size", "info", "physical-sector-size")
         grain = ("discard-granularity", "discard-alignment")
@@ -279,17 +258,6 @@ class Xbd(XenbusDriver):
         await self._stop(why)
         await dev.set_state(XenbusState.CLOSED)
 
-    async def _unmapped(self) -> None:
-        """Until the back end has let go of our pages, which it does when it sees us Closed, or has had its
-        time: what is revoked while it is mapped Linux gives back ten pages a second, all others behind it."""
-        dev = self.dev
-        if dev.otherend_state not in _MAPS or not self._links:
-            return
-        try:
-            await dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
-        except (DeadlineError, LinkDown) as error:
-            dev.log.warning("its pages are revoked though they may be mapped: %s", error)
-
     async def _drain(self, seconds: float) -> None:
         """Until nothing is on the ring, or the time is over."""
         queue = self.queue
@@ -344,7 +312,3 @@ class Xbd(XenbusDriver):
         except XenbusError as raised:
             error = raised
         self.queue.grown(connection, error)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")

@@ -43,10 +43,3 @@ class ConsoleRing:
         """Let go of the page. Idempotent."""
         self.receive.release()
         self.transmit.release()
-
-
-def number(raw: bytes) -> int:
-    """A decimal number of 32 bits as the peer wrote it. ValueError."""
-    if not raw.isdigit() or len(raw) > 10 or int(raw) >> 32:
-        raise ValueError(f"{raw[:32]!r} is no number of 32 bits")
-    return int(raw)

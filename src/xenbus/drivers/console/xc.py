@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState, front_driver
+from xenbus.bus import XenbusDevice, XenbusState, front_driver
 from xenbus.bus.operations import Operation, OperatorCall
 from xenbus.drivers.console.consif import KIND, PORT_KEY, PROTOCOL, RING_REF_KEY, ConsoleRing
 from xenbus.drivers.console.link import ConsoleLink
 from xenbus.drivers.console.stream import BUFFER, ConsoleStream
-from xenbus.errors import DeadlineError, LinkDown, PeerError, XenbusError
+from xenbus.drivers.halves import FrontEnd
+from xenbus.errors import PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel, GrantedPages
 from xenbus.newbus import NoMatch
 
 # Seconds that the back end has to take what is on the ring, when we close or are suspended.
 DRAIN_TIMEOUT = 1.0
-# Seconds that it has to unmap our page once we are Closed and being detached.
-UNMAP_TIMEOUT = 3.0
-_MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
-# How often a back end that closed is asked for a new connection, before one of them was made.
-TRIES = 5
 
 
 @front_driver(KIND)
-class Xc(XenbusDriver):
+class Xc(FrontEnd):
     """Its `stream` is there from the start; what is written waits for the connection."""
 
     name = "xc"
@@ -52,10 +48,8 @@ class Xc(XenbusDriver):
         self._link: ConsoleLink | None = None
         self._page: GrantedPages | None = None
         self._channel: Channel | None = None
-        self._broke = False  # the back end put nonsense into the page: it gets no other one
-        self._tries = 0
         self.lost = 0
-        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
+        self._states = {
             XenbusState.INITIALISING: self._back_restarted,
             XenbusState.INIT_WAIT: self._initialise,
             XenbusState.INITIALISED: self._initialise,
@@ -64,12 +58,11 @@ class Xc(XenbusDriver):
             XenbusState.CLOSED: self._closed,
         }
 
-    # -- callbacks of the bus
+    @property
+    def _granted(self) -> bool:
+        return self._page is not None
 
-    async def otherend_changed(self, state: XenbusState) -> None:
-        act = self._states.get(state)
-        if act is not None:
-            await act()
+    # -- callbacks of the bus
 
     async def suspend(self) -> None:
         """What is on the ring has time to be read, and what came is taken off it: the page is not saved."""
@@ -96,7 +89,7 @@ class Xc(XenbusDriver):
             self.lost += link.unread
         link.stop()
         self._link = self._page = self._channel = None
-        self._broke, self._tries = False, 0
+        self._refuses, self._tries = False, 0
 
     async def detach(self) -> None:
         dev = self.dev
@@ -136,9 +129,8 @@ class Xc(XenbusDriver):
     async def _initialise(self) -> None:
         """The back end waits for us: a page and a port. One that was away and is here again gets new ones."""
         dev = self.dev
-        if dev.state is XenbusState.CLOSED and not self._broke:
-            dev.renew()
-            await dev.set_state(XenbusState.INITIALISING)
+        if dev.state is XenbusState.CLOSED and not self._refuses:
+            await self._begin_anew()
         if dev.state is not XenbusState.INITIALISING or self._link is not None:
             return
         self._page = await dev.grant_ring(1)
@@ -165,23 +157,11 @@ class Xc(XenbusDriver):
             await self.dev.set_state(XenbusState.INITIALISING)
 
     async def _closed(self) -> None:
-        """Closed, or its node is gone: nobody has our page any more. One that is to go on serving (`online`)
-        is asked for a new connection, which xenbusb_back then offers."""
-        dev = self.dev
-        if dev.state is XenbusState.INITIALISING:
-            return
-        await self._close()
-        await self._tear_down()
-        if self._broke or self._tries >= TRIES or dev.detaching or dev.gone:
-            return
-        try:
-            online = await dev.otherend_read_opt("online")
-        except XenbusError:
-            return  # gone, and nobody may look where it was
-        if online == "1":
-            self._tries += 1
-            dev.renew()
-            await dev.set_state(XenbusState.INITIALISING)
+        """Closed, or its node is gone: nobody has our pages any more."""
+        if self.dev.state is not XenbusState.INITIALISING:
+            await self._close()
+            await self._tear_down()
+            await self._ask_again()
 
     # -- the end
 
@@ -212,15 +192,6 @@ class Xc(XenbusDriver):
         finally:
             link.on_drained = None
 
-    async def _unmapped(self) -> None:
-        """Until the back end has let go of our page, which it does when it sees us Closed."""
-        if self._page is None or self.dev.otherend_state not in _MAPS:
-            return
-        try:
-            await self.dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
-        except (DeadlineError, LinkDown) as error:
-            self.dev.log.warning("its page is revoked though it may be mapped: %s", error)
-
     async def _tear_down(self) -> None:
         """Page and port are given back. Idempotent."""
         link, self._link = self._link, None
@@ -239,7 +210,7 @@ class Xc(XenbusDriver):
 
     def _broken(self, error: PeerError) -> None:
         """The back end put nonsense into the page: nothing it says there is believed any more."""
-        self._broke = True
+        self._refuses = True
         self.dev.spawn(self._give_up(error), name=f"{self.dev.nameunit} gives up")
 
     async def _give_up(self, error: XenbusError) -> None:

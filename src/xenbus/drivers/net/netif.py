@@ -120,10 +120,3 @@ def extra_more(raw: bytes) -> bool:
 def data_slots(size: int) -> int:
     """Pages that so many bytes take."""
     return -(-size // PAGE_SIZE)
-
-
-def number(raw: bytes) -> int:
-    """A decimal number as a peer wrote it, below 2**32. ValueError."""
-    if not raw.isdigit() or len(raw) > 10 or int(raw) >> 32:
-        raise ValueError(f"{raw[:32]!r} is no number of 32 bits")
-    return int(raw)

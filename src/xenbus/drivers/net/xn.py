@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusDriver, XenbusState, front_driver
+from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusState, front_driver
 from xenbus.bus.operations import Operation, OperatorCall
+from xenbus.drivers.halves import FrontEnd
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.capture import CapturedPort
@@ -24,19 +25,14 @@ from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.ports.schemes.packet import PATIENCE, PacketPort
 from xenbus.drivers.net.xn_pool import Pool
 from xenbus.drivers.net.xn_queue import TRANSPORT_KEY, FrontLink
-from xenbus.errors import DeadlineError, LinkDown, NoEntry, PeerError, StoreError, UsageError, XenbusError
+from xenbus.drivers.nodes import number32
+from xenbus.errors import DeadlineError, LinkDown, PeerError, StoreError, UsageError, XenbusError
 from xenbus.xenstore.client import Watch
 
-# Seconds that a back end has to unmap our pages once we are Closed and being detached.
-UNMAP_TIMEOUT = 3.0
 # Ours, in our own node: how many queues to ask for, if there are as many.
 OWN_QUEUES_KEY = "xn-max-queues"
-# How often we offer a back end that closed a new connection, before one of them was served.
-TRIES = 5
 # Frames that one `receive` of an operator gives, at most.
 OPERATION_FRAMES = 64
-# A back end that stands there may have pages of ours mapped.
-_MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
 
 QUEUES = Feature("queues", Merge.LEAST, default=1, peer_key=netif.MAX_QUEUES_KEY, least=1)
 SPLIT = Feature("split-event-channels", Merge.BOTH, peer_key="feature-split-event-channels")
@@ -46,7 +42,7 @@ _OWN = (QUEUES, SPLIT, MULTICAST, DYNAMIC)
 
 
 @front_driver("vif")
-class Xn(XenbusDriver):
+class Xn(FrontEnd):
     """Its `port` is there from the start; packets cross once both halves are Connected.
 
     The class attributes are what this front makes use of and offers; sg to gso_tcpv6 as in offers.Offer.
@@ -88,16 +84,18 @@ class Xn(XenbusDriver):
         self._wanted_queues = self.num_queues
         self._links: list[FrontLink] = []
         self._served = False
-        self._tries = 0
-        self._refuses = False  # the back end broke a ring: no more of it
         self._carrier: Watch | None = None
-        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
+        self._states = {
             XenbusState.INITIALISING: self._back_restarted,
             XenbusState.INIT_WAIT: self._initialise,
             XenbusState.CONNECTED: self._connect,
-            XenbusState.CLOSING: self._closing,
+            XenbusState.CLOSING: self._close,
             XenbusState.CLOSED: self._closed,
         }
+
+    @property
+    def _granted(self) -> bool:
+        return bool(self._links)
 
     # -- the packet interface
 
@@ -153,8 +151,8 @@ class Xn(XenbusDriver):
         said = await self.dev.gather(
             {
                 "mac": bytes.decode,
-                "mtu": netif.number,
-                OWN_QUEUES_KEY: netif.number,
+                "mtu": number32,
+                OWN_QUEUES_KEY: number32,
                 netif.PORT_KEY: bytes.decode,
             },
             {
@@ -176,11 +174,6 @@ class Xn(XenbusDriver):
                 f"{self.dev.node}/{OWN_QUEUES_KEY}: {self._wanted_queues}, 1 to {netif.MAX_QUEUES} it can be"
             )
         self.cable.plug(await open_port(said[netif.PORT_KEY]))
-
-    async def otherend_changed(self, state: XenbusState) -> None:
-        act = self._states.get(state)
-        if act is not None:
-            await act()
 
     async def suspend(self) -> None:
         """Nothing more goes out or comes in. What is on the rings may be lost with them, as on any wire."""
@@ -254,8 +247,7 @@ class Xn(XenbusDriver):
             await self._back_restarted()
         elif dev.state is XenbusState.CLOSED and not self._refuses:
             # It was away (or we closed with it), and waits for us again.
-            dev.renew()
-            await dev.set_state(XenbusState.INITIALISING)
+            await self._begin_anew()
         if dev.state is not XenbusState.INITIALISING or self._links:
             return
         agreed = await self._agree()
@@ -273,7 +265,7 @@ class Xn(XenbusDriver):
             values[netif.NUM_QUEUES_KEY] = count
         for n, link in enumerate(self._links):
             values |= link.nodes(f"queue-{n}/" if count > 1 else "")
-        await self._clear(values)
+        await self._clear(values, TRANSPORT_KEY)
         sends = offers.link_of(agreed, self.mtu, self.mac)
         for link in self._links:
             await link.connect(self.cable, sends, notifies=self.rx_notify, on_broken=self._broken)
@@ -283,8 +275,7 @@ class Xn(XenbusDriver):
     async def _agree(self) -> Negotiated:
         """PeerError for a back end that wants to flip pages."""
         dev = self.dev
-        keys = (*offers.KEYS, *(feature.peer_key for feature in _OWN), "feature-rx-copy")
-        said = await dev.otherend_gather(dict.fromkeys(keys, _text), dict.fromkeys(keys))
+        said = await self._said((*offers.KEYS, *(feature.peer_key for feature in _OWN), "feature-rx-copy"))
         if said["feature-rx-copy"] != "1":
             raise PeerError(f"{dev.otherend_path}/feature-rx-copy is not 1: it does not copy packets to us")
         dev.features = offers.agree(
@@ -297,19 +288,6 @@ class Xn(XenbusDriver):
             dynamic_multicast_control=1,
         )
         return dev.features
-
-    async def _clear(self, values: Mapping[str, object]) -> None:
-        """Away with what an earlier connection published and this one does not."""
-        dev = self.dev
-        ours = {key.partition("/")[0] for key in values}
-        try:
-            there = await dev.store.directory(dev.node)
-        except NoEntry:
-            return  # the node is gone: the bus will say so
-        for key in there:
-            # An earlier queue-N may hold more than this one's: all of it goes.
-            if TRANSPORT_KEY.fullmatch(key) and (key not in ours or key.startswith("queue-")):
-                await dev.remove(key)
 
     async def _connect(self) -> None:
         """The back end serves our rings."""
@@ -352,27 +330,12 @@ class Xn(XenbusDriver):
             await self._tear_down()
             await self.dev.set_state(XenbusState.INITIALISING)
 
-    async def _closing(self) -> None:
-        await self._close()
-
     async def _closed(self) -> None:
-        """Closed, or its node is gone: nobody has our pages any more. If it is to go on serving (`online`),
-        it is asked for a new connection, as xenbusb_back offers one to a front that comes back."""
-        dev = self.dev
-        if dev.state is XenbusState.INITIALISING:
-            return
-        await self._close()
-        await self._tear_down()
-        if self._refuses or self._tries >= TRIES or dev.detaching or dev.gone:
-            return
-        try:
-            online = await dev.otherend_read_opt("online")
-        except XenbusError:
-            return  # gone, and nobody may look where it was
-        if online == "1":
-            self._tries += 1
-            dev.renew()
-            await dev.set_state(XenbusState.INITIALISING)
+        """Closed, or its node is gone: nobody has our pages any more."""
+        if self.dev.state is not XenbusState.INITIALISING:
+            await self._close()
+            await self._tear_down()
+            await self._ask_again()
 
     # -- the end
 
@@ -383,17 +346,6 @@ class Xn(XenbusDriver):
         await dev.set_state(XenbusState.CLOSING)
         await self._stop()
         await dev.set_state(XenbusState.CLOSED)
-
-    async def _unmapped(self) -> None:
-        """Until the back end has let go of our pages, which it does when it sees us Closed, or has had its
-        time: what is revoked while it is mapped Linux gives back ten pages a second, all others behind it."""
-        dev = self.dev
-        if dev.otherend_state not in _MAPS or not self._links:
-            return
-        try:
-            await dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
-        except (DeadlineError, LinkDown) as error:
-            dev.log.warning("its pages are revoked though they may be mapped: %s", error)
 
     async def _stop(self) -> None:
         """Nothing more goes out or comes in. The pages stay granted. Idempotent."""
@@ -443,7 +395,3 @@ class Xn(XenbusDriver):
         finally:
             pool.growing = False
         then()
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")

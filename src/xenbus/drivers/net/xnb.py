@@ -7,10 +7,11 @@ xnb_rx's, where they go the port's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-from xenbus.bus import DeviceGone, XenbusDevice, XenbusDriver, XenbusState, back_driver
+from xenbus.bus import DeviceGone, XenbusDevice, XenbusState, back_driver
+from xenbus.drivers.halves import BackEnd
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.counters import Counters
@@ -22,36 +23,26 @@ from xenbus.drivers.net.xnb_front import HEAD, Parameters, Shape
 from xenbus.drivers.net.xnb_options import OPTIONS, Options
 from xenbus.drivers.net.xnb_queue import QueueLink
 from xenbus.drivers.net.xnb_rx import MulticastFilter
-from xenbus.errors import (
-    DeadlineError,
-    HypervisorError,
-    LinkDown,
-    PeerError,
-    StoreError,
-    UsageError,
-    XenbusError,
-)
+from xenbus.drivers.nodes import number32
+from xenbus.errors import LinkDown, StoreError, UsageError, XenbusError
 from xenbus.xenstore.client import Watch
 
-# Seconds for mappings under way to end when the front goes, and for the front to go when we are detached:
-# together less than the bus gives a detach.
+# Seconds for mappings under way to end when the front goes.
 DRAIN_TIMEOUT = 3.0
-DETACH_TIMEOUT = 6.0
 # Where Linux's xen-netback is loaded every `backend/vif` is its own; xnb beside it serves `backend/xnb`.
 OWN_TYPE = "xnb"
-# Seconds for the ports of a process that we go on for to be unbound.
-PORT_TIMEOUT = 2.0
 HOTPLUG = "hotplug-status"
 
 
 @back_driver("vif", OWN_TYPE)
-class Xnb(XenbusDriver):
+class Xnb(BackEnd[Parameters]):
     """The class attributes from max_queues on are what a front may have where the device's nodes do not say
     otherwise: see Options."""
 
     name = "xnb"
     description = "Backend Virtual Network Interface"
     deadline = 60.0
+    connects_at = (XenbusState.CONNECTED,)  # as netback
 
     max_queues: ClassVar[int] = 4
     split_event_channels: ClassVar[bool] = True
@@ -75,50 +66,22 @@ class Xnb(XenbusDriver):
         self._scripted = False
         self._options = Options.of(type(self), dev.node, dict.fromkeys(o.key for o in OPTIONS))
         self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
-        self._parameters: Parameters | None = None
         self._watch: Watch | None = None
-        self._busy = asyncio.Lock()  # connecting and disconnecting: detach may run beside otherend_changed
-        self._states: dict[XenbusState, Callable[[], Awaitable[None]]] = {
-            XenbusState.INITIALISING: self._front_restarted,
-            XenbusState.CONNECTED: self._connect,
-            XenbusState.CLOSING: self._front_closing,
-            XenbusState.CLOSED: self._front_closed,
-        }
+
+    @property
+    def _linked(self) -> bool:
+        return bool(self._links)
 
     # -- callbacks of the bus
 
-    async def attach(self) -> None:
-        await self._open()
-        try:
-            await self.dev.set_state(XenbusState.INIT_WAIT, self._options.nodes())
-        except BaseException:
-            await self.cable.unplug()  # a device that was not attached is not detached
-            raise
-
-    async def recover(self) -> None:
-        """Goes on with the rings of a process that was killed: packets on their way may be lost or come
-        twice, as on any wire, and the front sees a pause."""
-        dev, peer = self.dev, self.dev.otherend_state
-        if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
-            await self.attach()  # it began anew, and waits for us to do so
-        elif dev.state is XenbusState.CONNECTED and peer is XenbusState.CONNECTED:
-            try:
-                await self._take_over()
-            except BaseException:
-                await self.cable.unplug()
-                raise
-        elif peer is XenbusState.UNKNOWN:
-            raise PeerError(f"{dev.otherend}: its state cannot be read")
+    @property
+    def _left_linked(self) -> bool:
+        return self.dev.state is self.dev.otherend_state is XenbusState.CONNECTED
 
     async def release(self) -> None:
         """Another process goes on: what runs ends, and the front is told nothing."""
         await self._disconnect()
         await self.cable.unplug(leave=True)
-
-    async def otherend_changed(self, state: XenbusState) -> None:
-        act = self._states.get(state)
-        if act is not None:
-            await act()
 
     async def localend_changed(self, path: str) -> None:
         if path == f"/{HOTPLUG}":
@@ -140,29 +103,11 @@ class Xnb(XenbusDriver):
             self.cable.release()
             return
         async with self._busy:
-            links, self._links, self._parameters, self._watch = self._links, [], None, None
+            links, self._links, self._watch = self._links, [], None
             self.cable.down()
             for link in links:
                 await link.abandon()
-        await self.dev.set_state(XenbusState.INIT_WAIT, self._options.nodes())
-
-    async def detach(self) -> None:
-        dev = self.dev
-        try:
-            if not dev.gone and dev.state is not XenbusState.CLOSED:
-                try:
-                    await dev.set_state(XenbusState.CLOSING)
-                    await dev.wait_otherend(XenbusState.CLOSED, timeout=DETACH_TIMEOUT)
-                except DeadlineError as error:
-                    dev.log.warning("detached by force: %s", error)
-        finally:
-            # Also when the bus's deadline ended it: the interface must not stay.
-            try:
-                await self._disconnect()
-            finally:
-                await self.cable.unplug()
-        if not dev.gone:
-            await dev.set_state(XenbusState.CLOSED)
+        await self.dev.set_state(XenbusState.INIT_WAIT, self._offer())
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
         cable = self.cable
@@ -188,7 +133,7 @@ class Xnb(XenbusDriver):
         self._options = Options.of(type(self), dev.node, said)
         texts = ("mac", "script", "vifname", "handle", netif.PORT_KEY)
         said = await dev.gather(
-            {**dict.fromkeys(texts, bytes.decode), "mtu": netif.number},
+            {**dict.fromkeys(texts, bytes.decode), "mtu": number32},
             {**dict.fromkeys(texts), "mtu": ETH_DATA_LEN},
         )
         if said["mac"] is not None:
@@ -208,25 +153,16 @@ class Xnb(XenbusDriver):
             target = f"tap:{name}?keep=1" if self._scripted else "packet:"
         self.cable.plug(await open_port(target))
 
+    async def _close_far_side(self) -> None:
+        await self.cable.unplug()
+
+    def _offer(self) -> dict[str, object]:
+        return self._options.nodes()
+
     # -- the handshake
 
-    async def _connect(self) -> None:
-        dev = self.dev
-        async with self._busy:
-            if dev.state in (XenbusState.CLOSING, XenbusState.CLOSED):
-                return
-            parameters = await self._front_parameters()
-            if self._links:
-                if parameters == self._parameters:
-                    return
-                await self._give_back()  # it began anew, so fast that its Initialising was never seen
-            await self._open()
-            try:
-                await self._build(parameters)
-            except BaseException:
-                await self._give_back()
-                raise
-            await self._go_on()
+    async def _built(self) -> None:
+        await self._go_on()
 
     async def _go_on(self) -> None:
         """To Connected, once the hotplug script has put the interface where it belongs (as netback does)."""
@@ -260,32 +196,14 @@ class Xnb(XenbusDriver):
             except StoreError as error:  # a driver domain has a quota of watches
                 dev.log.warning("its multicast filter stays as it is now: %s", error)
 
-    async def _take_over(self) -> None:
-        """The kernel may still be at the former process's end: its ports are bound until then."""
-        now = asyncio.get_running_loop().time
-        end = now() + PORT_TIMEOUT
-        async with self._busy:
-            await self._open()
-            parameters = await self._front_parameters()
-            while True:
-                try:
-                    await self._build(parameters)
-                    break
-                except HypervisorError:
-                    await self._give_back()
-                    if now() >= end:
-                        raise
-                    await asyncio.sleep(0.05)
-                except BaseException:
-                    await self._give_back()
-                    raise
-            await self._start()
-            for link in self._links:
-                link.kick_front()
-            await self._tell_carrier()
+    async def _resumed(self) -> None:
+        """Packets on their way may be lost or come twice, as on any wire, and the front sees a pause."""
+        await self._start()
+        for link in self._links:
+            link.kick_front()
+        await self._tell_carrier()
 
     async def _front_parameters(self) -> Parameters:
-        """What the front published, or PeerError that names what is wrong with it."""
         dev = self.dev
         said = await dev.otherend_gather(dict.fromkeys(HEAD, bytes), dict.fromkeys(HEAD))
         shape = Shape.of(dev.otherend_path, said, self._options.max_queues)
@@ -293,9 +211,8 @@ class Xnb(XenbusDriver):
         keys = shape.keys()
         return shape.parameters(await dev.otherend_gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys)))
 
-    async def _build(self, front: Parameters) -> None:
+    async def _build(self, front: Parameters, *, resumes: bool = False) -> None:
         dev = self.dev
-        self._parameters = front
         dev.features = offers.agree(self._options, dict(front.takes))
         takes = offers.link_of(dev.features, self.mtu, self.mac)
         self._links = [QueueLink(dev, keys) for keys in front.queues]
@@ -310,32 +227,11 @@ class Xnb(XenbusDriver):
                 on_fatal=self._broken,
             )
 
-    async def _front_restarted(self) -> None:
-        """It begins anew without having closed (a guest that was reset): the old rings are nobody's."""
-        if self._links:
-            await self._disconnect()
-            if self.dev.state is XenbusState.CONNECTED:
-                await self.dev.set_state(XenbusState.INIT_WAIT)
-
-    async def _front_closing(self) -> None:
-        if self.dev.state is not XenbusState.CLOSED:
-            await self.dev.set_state(XenbusState.CLOSING)
-
-    async def _front_closed(self) -> None:
-        """Closed, or its node is gone. The port stays for a front that comes back."""
-        await self._disconnect()
-        await self.dev.set_state(XenbusState.CLOSED)
-
     # -- the end
 
-    async def _disconnect(self) -> None:
-        """Give back rings, ports and pages. Idempotent."""
-        async with self._busy:
-            await self._give_back()
-
-    async def _give_back(self) -> None:
+    async def _give_back(self, *, keep: bool = False) -> None:
         self.cable.down()
-        links, self._links, self._parameters = self._links, [], None
+        links, self._links = self._links, []
         watch, self._watch = self._watch, None
         if watch is not None:
             try:
@@ -345,14 +241,6 @@ class Xnb(XenbusDriver):
         await asyncio.gather(*(link.give_back(DRAIN_TIMEOUT) for link in links))
         self.multicast.on = False
         self.multicast.groups.clear()
-
-    def _broken(self, error: PeerError) -> None:
-        """The front broke a ring: this device is over, the others go on."""
-        self.dev.spawn(self._give_up(error), name=f"{self.dev.nameunit} gives up")
-
-    async def _give_up(self, error: PeerError) -> None:
-        await self.dev.fatal(error)
-        await self._disconnect()
 
     # -- what the queues, the port and the front ask for
 

@@ -10,19 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xenbus.drivers.net import netif, offers
-from xenbus.errors import UsageError
-
-
-@dataclass(slots=True, frozen=True)
-class Option:
-    """name: of the field of Options, and of the driver's class attribute that has the default
-    key: of the node in the back end's directory; least, most: what it may be"""
-
-    name: str
-    key: str
-    least: int = 0
-    most: int = 1
-
+from xenbus.drivers.options import Option, read_options
 
 OPTIONS: Final = (
     Option("max_queues", "xnb-max-queues", 1, netif.MAX_QUEUES),
@@ -53,24 +41,8 @@ class Options:
 
     @classmethod
     def of(cls, driver: type, node: str, said: Mapping[str, bytes | None]) -> Options:
-        """driver: has the defaults; said: the values of every key of OPTIONS, None where there is none.
-
-        UsageError that names the node, and what it may be.
-        """
-        values: dict[str, int] = {}
-        for option in OPTIONS:
-            raw = said[option.key]
-            if raw is None:
-                values[option.name] = int(getattr(driver, option.name))
-                continue
-            try:
-                value = netif.number(raw)
-            except ValueError as error:
-                raise UsageError(f"{node}/{option.key}: {error}") from None
-            if not option.least <= value <= option.most:
-                raise UsageError(f"{node}/{option.key}: {value}, {option.least} to {option.most} it can be")
-            values[option.name] = value
-        return cls(**values)
+        """See read_options. UsageError that names the node, and what it may be."""
+        return cls(**read_options(OPTIONS, driver, node, said))
 
     @property
     def dynamic(self) -> bool:
