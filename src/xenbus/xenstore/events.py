@@ -15,16 +15,38 @@ from xenbus.xenstore.session import Event, ResyncEvent
 MAX_EVENTS = 1024
 
 
-class EventStream:
+class Reader:
+    """Waits for something to read; one task at a time."""
+
+    __slots__ = ("_woken",)
+
+    def __init__(self) -> None:
+        self._woken: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let it look again."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def _sleep(self) -> None:
+        """Until `wake`."""
+        self._woken = asyncio.get_running_loop().create_future()
+        try:
+            await self._woken
+        finally:
+            self._woken = None
+
+
+class EventStream(Reader):
     """For one reader. Equal paths that wait are one; bounded by MAX_EVENTS; ended by `fail`."""
 
-    __slots__ = ("_changed", "_error", "_events", "_path")
+    __slots__ = ("_error", "_events", "_path")
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self._path = path
         # A first event and an equal one after it are two: only the second says that something changed.
         self._events: dict[tuple[Event, bool], None] = {}
-        self._changed: asyncio.Future[None] | None = None
         self._error: Exception | None = None
 
     def put(self, event: Event) -> None:
@@ -36,15 +58,11 @@ class EventStream:
             self._events.clear()
             event = kind(self._path)
         self._events.setdefault((event, event.first))
-        self._wake()
+        self.wake()
 
     def fail(self, exc: Exception) -> None:
         self._error = exc
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
+        self.wake()
 
     def clear(self) -> None:
         self._events.clear()
@@ -56,11 +74,7 @@ class EventStream:
         while not self._events:
             if self._error is not None:
                 raise LinkDown(f"events of {self._path}: {self._error}") from self._error
-            self._changed = asyncio.get_running_loop().create_future()
-            try:
-                await self._changed
-            finally:
-                self._changed = None
+            await self._sleep()
         key = next(iter(self._events))
         del self._events[key]
         return key[0]

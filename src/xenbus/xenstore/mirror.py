@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xenbus.errors import DeadlineError, LinkDown, StoreError, XenbusError
 from xenbus.xenstore import calls
 from xenbus.xenstore.calls import Path
-from xenbus.xenstore.events import MAX_EVENTS
+from xenbus.xenstore.events import MAX_EVENTS, Reader
 from xenbus.xenstore.image import Change, Image
 from xenbus.xenstore.session import Event
 
@@ -137,13 +137,13 @@ class Mirror(Image):
         return reader
 
 
-class Changes:
+class Changes(Reader):
     """One reader's changes; more than MAX_EVENTS that wait become one that says `resync`."""
 
     def __init__(self, mirror: Mirror) -> None:
+        super().__init__()
         self._mirror = mirror
         self._changes: dict[str, Change] = {}
-        self._woken: asyncio.Future[None] | None = None
 
     def put(self, changes: list[Change]) -> None:
         for change in changes:
@@ -155,10 +155,6 @@ class Changes:
             self._changes.pop(change.path, None)
             self._changes[change.path] = change
 
-    def wake(self) -> None:
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
-
     def __aiter__(self) -> AsyncIterator[Change]:
         return self
 
@@ -168,9 +164,5 @@ class Changes:
     async def _next(self) -> Change:
         while not self._changes:
             self._mirror._check()
-            self._woken = asyncio.get_running_loop().create_future()
-            try:
-                await self._woken
-            finally:
-                self._woken = None
+            await self._sleep()
         return self._changes.pop(next(iter(self._changes)))

@@ -248,6 +248,11 @@ class Engine:
 
     # ---- transactions ----
 
+    def begin_transaction(self, conn: Connection, tx: OpenTransaction) -> None:
+        """It is this client's from now on, until `end_transaction`."""
+        conn.transactions[tx.tx_id] = tx
+        conn.domain.transactions += 1
+
     def end_transaction(self, conn: Connection, tx: OpenTransaction) -> None:
         """It is over, one way or the other; nothing is written."""
         del conn.transactions[tx.tx_id]

@@ -41,12 +41,18 @@ def watch(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
             raise Fail("E2BIG")
         if domain.memory + len(path) + len(token) > domain.quotas.memory > 0:
             raise Fail("ENOMEM")
-    engine.watches.add(conn, path, token, depth, prefix)
-    domain.watches += 1
-    domain.memory += len(path) + len(token)
+    add_watch(engine, conn, path, token, depth, prefix)
     # The ack comes before the first event.
     engine.reply(conn, message, OK)
     engine.first_event(conn, raw, token)
+
+
+def add_watch(engine: Engine, conn: Connection, path: bytes, token: bytes, depth: int, prefix: int) -> None:
+    """One that is not there yet; see `Watch` for what it is."""
+    engine.watches.add(conn, path, token, depth, prefix)
+    domain = conn.domain
+    domain.watches += 1
+    domain.memory += len(path) + len(token)
 
 
 def drop_watch(engine: Engine, watch: Watch) -> None:
@@ -91,8 +97,7 @@ def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
     while tx_id == 0 or tx_id in conn.transactions:
         tx_id = (tx_id + 1) & 0xFFFF_FFFF
     conn.next_tx = (tx_id + 1) & 0xFFFF_FFFF
-    conn.transactions[tx_id] = Transaction(tx_id, domain)
-    domain.transactions += 1
+    engine.begin_transaction(conn, Transaction(tx_id, domain))
     return b"%d\0" % tx_id
 
 

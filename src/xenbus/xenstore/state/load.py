@@ -12,6 +12,7 @@ from typing import cast
 
 from xenbus.errors import UsageError
 from xenbus.xenstore.engine import QUOTAS, Connection, Engine
+from xenbus.xenstore.engine.sessions import add_watch
 from xenbus.xenstore.engine.transactions import FIRE_EXACT, FIRE_NOT, FIRE_SUBTREE, Entry, Transaction
 from xenbus.xenstore.engine.tree import IGNORED, Node, Perms, parent_of
 from xenbus.xenstore.state.dump import removed_with_parent
@@ -178,9 +179,7 @@ def _watch(engine: Engine, conn: Connection, placed: Placed) -> None:
     if (path, record.token) in conn.watches:
         raise placed.error(f"watch at {raw!r} is there already")
     depth = -1 if record.depth is None else record.depth
-    engine.watches.add(conn, path, record.token, depth, len(path) - len(raw))
-    conn.domain.watches += 1
-    conn.domain.memory += len(path) + len(record.token)
+    add_watch(engine, conn, path, record.token, depth, len(path) - len(raw))
 
 
 def queue(conn: Connection, outbound: bytes, start: int) -> None:
@@ -204,8 +203,8 @@ def queue(conn: Connection, outbound: bytes, start: int) -> None:
 
 def _transaction(engine: Engine, conn: Connection, tx_id: int, view: list[Placed]) -> None:
     """As it was. What it saw and is not so now makes it stale: END is EAGAIN then, as it would have been."""
-    tx = conn.transactions[tx_id] = Transaction(tx_id, conn.domain)
-    conn.domain.transactions += 1
+    tx = Transaction(tx_id, conn.domain)
+    engine.begin_transaction(conn, tx)
     conn.next_tx = max(conn.next_tx, tx_id + 1) & 0xFFFF_FFFF
     for placed in view:
         record = cast(NodeData, placed.record)

@@ -15,7 +15,7 @@ from xenbus.xenstore.engine.oxenstored.history import Epoch
 from xenbus.xenstore.engine.oxenstored.nodes import OPERATIONS
 from xenbus.xenstore.engine.oxenstored.parsing import absolute, words_of
 from xenbus.xenstore.engine.oxenstored.views import Answer, Transaction
-from xenbus.xenstore.engine.sessions import drop_watch, reset_watches
+from xenbus.xenstore.engine.sessions import add_watch, drop_watch, reset_watches
 from xenbus.xenstore.wire import OK, Message, Op
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def watch(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
         raise Fail("EQUOTA")
     if (path, token) in conn.watches:
         raise Fail("EEXIST")
-    engine.watches.add(conn, path, token, -1, len(path) - len(raw))
-    conn.domain.watches += 1
-    conn.domain.memory += len(path) + len(token)
+    add_watch(engine, conn, path, token, -1, len(path) - len(raw))
     engine.reply(conn, message, OK)
     events.tell(engine, conn, raw, token)
 
@@ -80,9 +78,9 @@ def start(engine: Engine, conn: Connection, message: Message, tx: Transaction | 
     if tx is not None:
         raise Fail("EBUSY")
     tx_id = _new_id(conn, len(conn.transactions))
-    new = conn.transactions[tx_id] = Transaction(tx_id, conn.domain, engine.beside)
+    new = Transaction(tx_id, conn.domain, engine.beside)
+    engine.begin_transaction(conn, new)
     new.store.conflicts.started(new)
-    conn.domain.transactions += 1
     return b"%d\0" % tx_id
 
 
