@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.back_process import BackProcess
+from tests.support.unhandled import nothing_unhandled
 from tests.support.until import until
 from xenbus.bus import FrontBus, Settings
 from xenbus.hypervisor.broker import Broker, connect
@@ -35,11 +36,12 @@ class KilledBack:
     @asynccontextmanager
     async def rig(cls, tmp_path: Path) -> AsyncIterator[Self]:
         made = cls(tmp_path)
-        await made._start()
-        try:
-            yield made
-        finally:
-            await made._close()
+        with nothing_unhandled():
+            await made._start()
+            try:
+                yield made
+            finally:
+                await made._close()
 
     @classmethod
     def run(cls, test: Callable[[Self], Awaitable[None]], tmp_path: Path) -> None:

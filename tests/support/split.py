@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from tests.support.unhandled import nothing_unhandled
 from xenbus.bus import BackBus, DriverRegistry, FrontBus, Settings, Side, XenbusDriver, XenbusState
 from xenbus.bus.xenbusb import XenBus
 from xenbus.errors import NoEntry
@@ -135,14 +136,15 @@ async def world() -> AsyncIterator[World]:
     made = World()
     made.daemon = Daemon(made.machine.domain(0))
     made.tool = await Client.connect(made.daemon.connect_local(0))
-    try:
-        yield made
-    finally:
-        for guest in made.guests.values():
-            if not guest.store.closed:
-                await guest.stop()
-        await made.tool.close()
-        await made.daemon.close()
+    with nothing_unhandled():
+        try:
+            yield made
+        finally:
+            for guest in made.guests.values():
+                if not guest.store.closed:
+                    await guest.stop()
+            await made.tool.close()
+            await made.daemon.close()
 
 
 def in_world(check: Callable[[World], Awaitable[None]]) -> None:

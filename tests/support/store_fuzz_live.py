@@ -36,15 +36,20 @@ class _Log(logging.Handler):
 
 @contextlib.contextmanager
 def no_tracebacks() -> Iterator[None]:
-    """AssertionError if this process logs an error or a traceback; warnings are not shown meanwhile."""
-    log, root = _Log(), logging.getLogger("xenbus")
+    """AssertionError if this process logs an error or a traceback; warnings are not shown meanwhile.
+
+    asyncio's log is where the traceback of a callback goes.
+    """
+    log, root, callbacks = _Log(), logging.getLogger("xenbus"), logging.getLogger("asyncio")
     level, propagate = root.level, root.propagate
     root.addHandler(log)
+    callbacks.addHandler(log)
     root.propagate = False
     try:
         yield
     finally:
         root.removeHandler(log)
+        callbacks.removeHandler(log)
         root.setLevel(level)
         root.propagate = propagate
     assert log.lines == []
