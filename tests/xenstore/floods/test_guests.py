@@ -110,6 +110,18 @@ def test_nodes(profile: Profile) -> None:
     flood.over()
 
 
+def test_nodes_too_large_for_all_of_them(profile: Profile) -> None:
+    """Memory is what ends it, long before the number of nodes does; oxenstored counts nodes alone."""
+    flood = Flood(profile)
+    flood.quotas.set("memory", 600_000)
+    said = [flood.ask(Op.WRITE, f"n{n}", b"v" * 1900) for n in range(900)]
+    assert said[0] == "" and set(said[400:]) == ({"ENOMEM"} if profile is XENSTORED else {""})
+    if profile is XENSTORED:
+        assert flood.real() < flood.quotas.memory + 400 * KIB
+    flood.others()
+    flood.over()
+
+
 def test_transactions_that_read_and_write_all_they_can(profile: Profile) -> None:
     """Nodes that are not there cost as well: a transaction remembers their names."""
     flood, opened, nodes = Flood(profile), 0, 200
