@@ -66,6 +66,17 @@ class Store:
         near, far = memory_pair() if kind == "memory" else ring_pair()
         return near, self.serve(far, domid)
 
+    def dialled(self, domid: int = 0) -> tuple[Callable[[], Any], list[Session]]:
+        """What a client that reconnects may call, and the daemon's sides of all that it got."""
+        sessions: list[Session] = []
+
+        def dial() -> Any:
+            near, session = self.transport("memory", domid)
+            sessions.append(session)
+            return near
+
+        return dial, sessions
+
     def blocking(self, kind: str, domid: int = 0, **options: Any) -> tuple[SyncClient, Session]:
         """A blocking client: its calls belong into another thread than the loop's."""
         if kind == "unix":

@@ -271,13 +271,7 @@ def test_it_goes_on_over_a_reconnection() -> None:
     async def main() -> None:
         store = Store()
         other, _ = await store.link("memory")
-        sessions: list[Any] = []
-
-        def dial() -> Any:
-            near, served = store.transport("memory")
-            sessions.append(served)
-            return near
-
+        dial, sessions = store.dialled()
         await other.write(f"{ROOT}/a", "1")
         client = await Client.connect(dial, reconnect=Reconnect(base=0.01, cap=0.02))
         async with client.mirror(ROOT) as mirror:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ from xenbus.xenstore.wire import Op, Parser, encode
 
 SOON = Reconnect(base=0.01, cap=0.05, deadline=20)
 KINDS = ["ours", pytest.param("c", marks=xenstored.needs("c")), pytest.param("o", marks=xenstored.needs("o"))]
+
+
+def once(end: Any) -> Callable[[], Any]:
+    """Dials this end; the next time there is nobody."""
+    ends = [end]
+
+    def dial() -> Any:
+        if not ends:
+            raise LinkDown("nobody there")
+        return ends.pop()
+
+    return dial
 
 
 class Mortal:
@@ -248,12 +260,7 @@ def test_whatever_the_first_call_is_it_connects_again(mortal: Mortal) -> None:
 def test_a_store_that_is_lost_while_a_blocking_wait_looks_and_stays_away() -> None:
     """The wait ends when its own time does, not when the store is given up."""
     near, far = socket.socketpair()
-    pipes = [UnixPipe(near, "a store")]
-
-    def dial() -> UnixPipe:
-        if not pipes:
-            raise LinkDown("nobody there")
-        return pipes.pop()
+    dial = once(UnixPipe(near, "a store"))
 
     def serve() -> None:
         parser = Parser()
@@ -277,12 +284,7 @@ def test_a_store_that_is_lost_while_a_blocking_wait_looks_and_stays_away() -> No
 def test_a_store_that_stays_away_is_given_up() -> None:
     async def main() -> None:
         near, far = memory_pair()
-        pairs = [near]
-
-        def dial() -> Any:
-            if not pairs:
-                raise LinkDown("nobody there")
-            return pairs.pop()
+        dial = once(near)
 
         lost: list[tuple[bool, str]] = []
         client = await Client.connect(dial, reconnect=Reconnect(base=0.001, cap=0.01, deadline=0.1))
@@ -305,12 +307,7 @@ def test_events_and_waits_end_when_it_is_given_up() -> None:
     async def main() -> None:
         store = Store()
         near, served = store.transport("memory")
-        made = [near]
-
-        def dial() -> Any:
-            if not made:
-                raise LinkDown("gone")
-            return made.pop()
+        dial = once(near)
 
         client = await Client.connect(dial, reconnect=Reconnect(base=0.001, cap=0.01, deadline=0.05))
         async with client.events("/e") as events:
@@ -333,13 +330,7 @@ def test_a_watch_that_is_refused_afterwards_is_said() -> None:
     async def main() -> None:
         store = Store()
         dom0, _ = await store.link("memory")
-        sessions: list[Any] = []
-
-        def dial() -> Any:
-            near, served = store.transport("memory", 5)
-            sessions.append(served)
-            return near
-
+        dial, sessions = store.dialled(5)
         client = await Client.connect(dial, reconnect=SOON)
         async with client.events("a") as first, client.events("b") as second, client.events("c") as third:
             for events in (first, second, third):
@@ -367,12 +358,7 @@ def test_a_watch_that_is_refused_afterwards_is_said() -> None:
 def test_closing_while_it_is_away() -> None:
     async def main() -> None:
         near, far = memory_pair()
-        made = [near]
-
-        def dial() -> Any:
-            if not made:
-                raise LinkDown("gone")
-            return made.pop()
+        dial = once(near)
 
         lost: list[Exception] = []
         client = await Client.connect(dial, reconnect=SOON)
