@@ -321,6 +321,21 @@ def test_masked_stays_pending_and_fires_once(run):
     run(test)
 
 
+def test_masked_at_once_even_its_first_event_waits(run):
+    """So the bus hands out a channel before its handler runs."""
+
+    async def test(rig):
+        back, front = await rig.domain(0), await rig.domain(1)
+        _, port = await front.port(0)
+        theirs = await back.bind_masked(1, port)
+        for _ in range(3):
+            assert await back.fired(theirs, 0) == 0
+        await back.unmask(theirs)
+        assert await back.fired(theirs, 1) == 1
+
+    run(test)
+
+
 def test_who_may_bind(run):
     async def test(rig):
         back, front, other = await rig.domain(0), await rig.domain(1), await rig.domain(2)

@@ -113,6 +113,12 @@ class Actor:
         assert channel.remote_domid == remote_domid
         return number
 
+    async def bind_masked(self, remote_domid, remote_port):
+        """Masked before the loop has another turn."""
+        number = await self.bind(remote_domid, remote_port)
+        self.things[number].mask()
+        return number
+
     async def bind_handler(self, remote_domid, remote_port, handler):
         """The channel itself, with a handler of the caller's: for a domain in this process."""
         return await self.hv.evtchn.bind_interdomain(remote_domid, remote_port, handler)

@@ -131,12 +131,12 @@ class World:
 
 
 @asynccontextmanager
-async def world(but: str = "") -> AsyncIterator[World]:
-    """Everything is closed at the end. No callback may raise; `but`: see nothing_unhandled."""
+async def world() -> AsyncIterator[World]:
+    """Everything is closed at the end. No callback may raise."""
     made = World()
     made.daemon = Daemon(made.machine.domain(0))
     made.tool = await Client.connect(made.daemon.connect_local(0))
-    with nothing_unhandled(but):
+    with nothing_unhandled():
         try:
             yield made
         finally:

@@ -400,15 +400,19 @@ class XenbusDevice:
 
     async def alloc_evtchn(self, handler: Callable[[], None]) -> Channel:
         """An unbound port that the peer alone may bind (xenbus_alloc_evtchn)."""
-        owned = self.owned
-        taking = self.hv.evtchn.alloc_unbound(self.otherend_id, handler)
-        return await owned.acquire(taking, owned.channels, _close)
+        return await self._take_channel(self.hv.evtchn.alloc_unbound(self.otherend_id, handler))
 
     async def bind_evtchn(self, port: int, handler: Callable[[], None]) -> Channel:
         """The peer's port. HypervisorError if it is not meant for us."""
+        return await self._take_channel(self.hv.evtchn.bind_interdomain(self.otherend_id, port, handler))
+
+    async def _take_channel(self, taking: Coroutine[Any, Any, Channel]) -> Channel:
+        """The handler, which may use the channel, does not run before the driver has it: a fresh binding
+        fires at once, and a peer may guess a port."""
         owned = self.owned
-        taking = self.hv.evtchn.bind_interdomain(self.otherend_id, port, handler)
-        return await owned.acquire(taking, owned.channels, _close)
+        channel = await owned.acquire(_masked(taking), owned.channels, _close)
+        asyncio.get_running_loop().call_soon(channel.unmask)
+        return channel
 
     async def close_evtchn(self, channel: Channel) -> None:
         if self._owned is not None and self._owned.channels.pop(id(channel), None) is not None:
@@ -557,6 +561,12 @@ def is_within(path: str, root: str) -> bool:
 
 
 _COUNTS = ("tasks", "watches", "channels", "mapped_pages", "granted_pages")
+
+
+async def _masked(taking: Coroutine[Any, Any, Channel]) -> Channel:
+    channel = await taking
+    channel.mask()
+    return channel
 
 
 async def _close(thing: Channel | Watch) -> None:
