@@ -1,5 +1,6 @@
 #!/bin/sh
 # /init of the lab's Linux guest: busybox, the modules in order, then each line from the console is evaluated.
+# `load NAME` is for those lines: the modules of another list that the image has (GUEST_MODULES in image.py).
 # With root=/dev/xvda on the kernel's command line that disk's /sbin/init goes on instead.
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -8,9 +9,12 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 exec </dev/hvc0 >/dev/hvc0 2>&1
 stty -echo -onlcr
-for module in $(cat /modules/order); do
-  insmod "/modules/$module" || echo "insmod $module failed"
-done
+load() {
+  for module in $(cat "/modules/$1"); do
+    insmod "/modules/$module" || return
+  done
+}
+load boot || echo "insmod $module failed"
 root=$(sed -n 's/.*\broot=\([^ ]*\).*/\1/p' /proc/cmdline)
 if [ -n "$root" ]; then
   for i in $(seq 600); do [ -b "$root" ] && break; sleep 0.1; done

@@ -40,7 +40,8 @@ DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"
 ).split()
-GUEST_MODULES = "crc32c_generic ext4 xen-blkfront".split()
+# The Linux guest's: those of "boot" are there from the start, the others when a test says `load NAME`.
+GUEST_MODULES = {"boot": "crc32c_generic ext4 xen-blkfront".split(), "network": ["xen-netfront"]}
 # Big, and nothing in dom0 reads it: the image is unpacked by an emulated CPU at every boot.
 LEFT_OUT = re.compile(
     r"usr/share/(doc|man|locale|zoneinfo|perl|perl5|lintian|bash-completion|info)/"
@@ -260,7 +261,7 @@ def _module_name(path: str) -> str:
 
 
 def _guest(root: Path, kernel: Kernel) -> bytes:
-    """The guest's root but for its init: busybox, a few modules and the order to load them in."""
+    """The guest's root but for its init: busybox, modules and the orders to load them in."""
     out = io.BytesIO()
     with Writer(out) as writer, tarfile.open(root) as archive:
         busybox = archive.extractfile("./usr/bin/busybox")
@@ -270,11 +271,11 @@ def _guest(root: Path, kernel: Kernel) -> bytes:
         writer.node("dev/console", 5, 1)
         writer.file("bin/busybox", busybox.read(), 0o755)
         writer.symlink("bin/sh", "busybox")
-        order = []
-        for path, data in kernel.with_needed(GUEST_MODULES):
-            order.append(path.rpartition("/")[2])
-            writer.file(f"modules/{order[-1]}", data)
-        writer.file("modules/order", ("\n".join(order) + "\n").encode())
+        for name, modules in GUEST_MODULES.items():
+            needed = {path.rpartition("/")[2]: data for path, data in kernel.with_needed(modules)}
+            for file, data in needed.items():
+                writer.file(f"modules/{file}", data)
+            writer.file(f"modules/{name}", ("\n".join(needed) + "\n").encode())
     return out.getvalue()
 
 
