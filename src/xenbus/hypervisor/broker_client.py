@@ -19,6 +19,7 @@ from xenbus.hypervisor import broker_wire as wire
 from xenbus.hypervisor.broker_call import DEADLINE_SECONDS, BrokerCall
 from xenbus.hypervisor.broker_links import BrokerChannel, LinkEnd
 from xenbus.hypervisor.broker_wire import Message, Op, ProtocolError
+from xenbus.hypervisor.handle import Handle
 from xenbus.hypervisor.interface import (
     PAGE_SIZE,
     Channel,
@@ -104,15 +105,15 @@ class _RawMapping:
     arenas: dict[int, int] = field(default_factory=dict)
 
 
-class BrokerHypervisor:
+class BrokerHypervisor(Handle):
     """Hypervisor, GuestLife and DomainEvents over a broker socket. Made by `connect`."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._call = BrokerCall(sock, deadline, self._event, self._ended)
         self._lost_callbacks: list[Callable[[], None]] = []
         self._dead_callbacks: list[Callable[[int], None]] = []
-        self._domid = -1
         self.privileged = False
         self._own: dict[int, _OwnArena] = {}
         self._arena_locks: dict[tuple[int, bool], asyncio.Lock] = {}
@@ -124,22 +125,6 @@ class BrokerHypervisor:
         self._links: dict[tuple[int, int], LinkEnd | None] = {}
         self._channels: dict[int, BrokerChannel] = {}
         self._start: StartInfo | None = None
-
-    @property
-    def domid(self) -> int:
-        return self._domid
-
-    @property
-    def grants(self) -> BrokerHypervisor:
-        return self
-
-    @property
-    def gntdev(self) -> BrokerHypervisor:
-        return self
-
-    @property
-    def evtchn(self) -> BrokerHypervisor:
-        return self
 
     def held(self) -> Held:
         return Held(self._granted_pages, self._mapped_pages, len(self._channels))

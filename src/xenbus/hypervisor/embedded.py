@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from xenbus.errors import HypervisorError, LinkDown, UsageError
+from xenbus.hypervisor.handle import Handle
 from xenbus.hypervisor.interface import (
     GNTTAB_NR_RESERVED_ENTRIES,
     GNTTAB_RESERVED_XENSTORE,
@@ -179,12 +180,12 @@ def _nothing() -> None:
     pass
 
 
-class EmbeddedHypervisor:
+class EmbeddedHypervisor(Handle):
     """One domain of a Machine: Hypervisor, GuestLife and DomainEvents, its own grants, gntdev and evtchn."""
 
     def __init__(self, machine: Machine, domid: int, store_domid: int | None) -> None:
+        super().__init__(domid)
         self._machine = machine
-        self._domid = domid
         self._store_domid = store_domid
         self._closed = False
         self._parked: asyncio.Future[SuspendResult] | None = None
@@ -207,22 +208,6 @@ class EmbeddedHypervisor:
         if self._store_domid is not None:
             self._store_page = self._grant(self._store_domid, [GNTTAB_RESERVED_XENSTORE], True)
             self.store_channel = self._channel(self._store_domid, _nothing)
-
-    @property
-    def domid(self) -> int:
-        return self._domid
-
-    @property
-    def grants(self) -> EmbeddedHypervisor:
-        return self
-
-    @property
-    def gntdev(self) -> EmbeddedHypervisor:
-        return self
-
-    @property
-    def evtchn(self) -> EmbeddedHypervisor:
-        return self
 
     def held(self) -> Held:
         return Held(len(self.refs), self._mapped, len(self.channels))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xenbus.errors import HypervisorError, LinkDown, UsageError
 from xenbus.hypervisor import linux_abi as abi
+from xenbus.hypervisor.handle import Handle
 from xenbus.hypervisor.interface import (
     PAGE_SIZE,
     CopyOp,
@@ -57,11 +58,11 @@ class LinuxPages:
         self._region.detach()
 
 
-class LinuxHypervisor:
+class LinuxHypervisor(Handle):
     """Hypervisor. Made in a running loop; each device is opened when it is first needed."""
 
     def __init__(self, domid: int) -> None:
-        self._domid = check_domid(domid)
+        super().__init__(check_domid(domid))
         self._fds: dict[str, int] = {}
         self._granted: dict[LinuxPages, None] = {}
         self._mapped: dict[LinuxPages, None] = {}
@@ -69,22 +70,6 @@ class LinuxHypervisor:
         self._mapped_pages = 0
         self._ports = PortTable()
         self._closed = False
-
-    @property
-    def domid(self) -> int:
-        return self._domid
-
-    @property
-    def grants(self) -> LinuxHypervisor:
-        return self
-
-    @property
-    def gntdev(self) -> LinuxHypervisor:
-        return self
-
-    @property
-    def evtchn(self) -> LinuxHypervisor:
-        return self
 
     def held(self) -> Held:
         return Held(self._granted_pages, self._mapped_pages, len(self._ports))
