@@ -141,13 +141,28 @@ def test_what_is_refused_leaves_no_port(options, text, tmp_path):
     assert not switches
 
 
-def test_wireshark_reads_it(tmp_path):
-    if shutil.which("tshark") is None and shutil.which("tcpdump") is None:
-        pytest.skip("neither tshark nor tcpdump is installed")
+def plain_pcap(data: bytes) -> list[bytes]:
+    """The frames of a pcap file: a header of 24 bytes, then each with one of 16."""
+    at, frames = 24, []
+    while at < len(data):
+        captured, length = struct.unpack_from("<II", data, at + 8)
+        assert captured == length
+        frames.append(data[at + 16 : at + 16 + captured])
+        at += 16 + captured
+    return frames
+
+
+def test_others_read_it(tmp_path):
+    """libpcap or Wireshark make a plain pcap of it, with the same frames."""
+    readers = {"tcpdump": ["-w", "-"], "tshark": ["-F", "pcap", "-w", "-"]}
+    reader = next(filter(shutil.which, readers), None)
+    if reader is None:
+        pytest.skip("neither tcpdump nor tshark is installed")
     path = tmp_path / "lan.pcapng"
     writer = PcapngWriter(path, "x")
     writer.record([Packet(f) for f in FRAMES], outbound=True)
     writer.close()
-    words = ["tshark", "-r", str(path)] if shutil.which("tshark") else ["tcpdump", "-r", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
-    assert len(done.stdout.splitlines()) == len(FRAMES)
+    done = subprocess.run(
+        [reader, "-r", str(path), *readers[reader]], capture_output=True, timeout=30, check=True
+    )
+    assert plain_pcap(done.stdout) == FRAMES
