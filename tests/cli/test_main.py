@@ -166,3 +166,20 @@ def test_a_pipe_that_nobody_reads():
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=30)
     os.close(writing)
     assert (done.returncode, done.stderr) == (exits.BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_caller_closed_is_as_dev_null(closed):
+    """What is opened next would get its number, and be read or written in its place."""
+    code = (
+        "import atexit, os, sys, xenbus.cli.main as main; sys.argv[1:] = ['--help']\n"
+        "atexit.register(lambda: os.open('/', os.O_RDONLY) > 2 or os._exit(9)); main.main()"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("Usage" in done.stdout) == (">&-" not in closed.split())

@@ -130,8 +130,23 @@ def _debugging(words: list[str]) -> bool:
     return asked or words[:1] == ["--debug"]
 
 
+def _standard_streams() -> None:
+    """Where the caller closed one (`>&-`) it is /dev/null: what we open next would be taken for it."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd)
+            if null != fd:
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """The entry point `xenbus`."""
+    _standard_streams()
     sys.exit(run())
 
 

@@ -6,6 +6,7 @@ import stat
 
 import pytest
 from tests.support.consoles import Operator, Rig, log_of, rig
+from tests.support.full_disk import files_of_at_most
 from tests.support.until import descriptors, until
 
 from xenbus.bus import Settings, Side, XenbusDriver
@@ -215,11 +216,12 @@ def test_a_log_alone(tmp_path):
 
 def test_a_log_that_cannot_be_written_ends_and_the_console_does_not(tmp_path, caplog):
     async def test(made: Rig):
-        await made.connected(log="/dev/full")
-        with made.operator() as operator:
+        await made.connected(log=str(tmp_path / "log"))
+        with made.operator() as operator, files_of_at_most(8):
             for _ in range(3):
                 await made.stream.write(b"words ")
             await operator.see(b"words words words")
+        assert (tmp_path / "log").read_bytes() == b"words wo"
         assert caplog.text.count("the console's log ends") == 1
 
     run(test)
@@ -230,6 +232,7 @@ def test_a_log_that_cannot_be_written_ends_and_the_console_does_not(tmp_path, ca
     [
         ({"xenbus-log": "/nowhere/log"}, "ENOENT"),
         ({"xenbus-log": "/tmp"}, "EISDIR"),
+        ({"xenbus-log": "/dev/null"}, "no file"),
         ({"output": "printer"}, "neither pty nor null"),
         ({"xenbus-log-size": "1"}, "4096"),
         ({"xenbus-log-size": "x"}, "xenbus-log-size"),

@@ -7,6 +7,7 @@ import struct
 import subprocess
 
 import pytest
+from tests.support.full_disk import files_of_at_most
 from tests.support.net_ends import BROADCAST, Sink, frame, station, up
 
 from xenbus.drivers.net import capture
@@ -113,11 +114,14 @@ def test_the_file_is_bounded(tmp_path):
     assert found[0][0] == (5 << 32) + 7
 
 
-def test_a_full_disk_ends_the_capture_and_not_the_traffic(caplog):
-    writer = PcapngWriter("/dev/full", "x")
-    writer.record([Packet(frame(BROADCAST, A, bytes(60_000)))] * 100, outbound=False)
-    writer.flush()
-    writer.close()
+def test_a_full_disk_ends_the_capture_and_not_the_traffic(tmp_path, caplog):
+    path = tmp_path / "full.pcapng"
+    with files_of_at_most(1 << 20):
+        writer = PcapngWriter(path, "x")
+        writer.record([Packet(frame(BROADCAST, A, bytes(60_000)))] * 100, outbound=False)
+        writer.flush()
+        writer.close()
+    assert path.stat().st_size <= 1 << 20
     assert writer.lost and "the capture ends" in caplog.text and len(caplog.records) == 1
 
 

@@ -9,6 +9,8 @@ import logging
 import os
 from pathlib import Path
 
+from xenbus.drivers.outfile import open_for_writing
+
 log = logging.getLogger(__name__)
 
 
@@ -24,8 +26,7 @@ class LogFile:
         self._open()
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self.path, flags, 0o600)
+        self._fd = open_for_writing(self.path)
         self._size = os.fstat(self._fd).st_size
 
     def write(self, data: bytes) -> None:

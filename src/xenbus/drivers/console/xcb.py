@@ -127,7 +127,8 @@ class Xcb(BackEnd[tuple[int, int]]):
                 self._log = LogFile(Path(path), size)
             except (OSError, ValueError) as error:
                 code = errno.errorcode.get(getattr(error, "errno", 0) or 0, "EINVAL")
-                raise UsageError(f"{self.dev.node}/{consif.LOG_KEY}: {path!r}: {code}") from None
+                why = getattr(error, "strerror", None) or error
+                raise UsageError(f"{self.dev.node}/{consif.LOG_KEY}: {path!r}: {code}: {why}") from None
         if output == "pty":
             self._terminal = Terminal(self._typed, self.limit)
             await self._tell_path(self._terminal.path)

@@ -16,6 +16,7 @@ from struct import Struct
 from typing import Final
 
 from xenbus.drivers.net.packet import MAX_FRAME, End, Link, Packet, Port
+from xenbus.drivers.outfile import open_for_writing
 from xenbus.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ class PcapngWriter:
         self.written = self.lost = self.packets = 0
         self._limit = limit
         self._now = now
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=256 << 10)
+        self._file = os.fdopen(open_for_writing(path, truncate=True), "wb", buffering=256 << 10)
         self._failed = False
         section = _SECTION.pack(_MAGIC, 1, 0, -1) + _option(_SHB_USERAPPL, b"xenbus") + _option(_OPT_END, b"")
         self._write(_block(_SHB, section))
