@@ -8,15 +8,19 @@ from hypothesis import strategies as st
 from tests.support.ip_frames import ETHER, V4, V6, ether, ipv4, ipv6, summed, tcp, udp, words
 
 from xenbus.drivers.net.frames import (
+    LOWERED_MAX,
+    SEGMENTS_MAX,
     blank_value,
     checksum_at,
     complete,
     is_valid,
     layout_of,
     lower,
+    lower_all,
     network_of,
     ones_sum,
     segment,
+    segments_of,
 )
 from xenbus.drivers.net.packet import ALL, PLAIN, Gso, Offloads, Packet
 
@@ -256,3 +260,30 @@ def test_segment_of_no_payload_is_the_packet():
     data = ether(ipv4(tcp(b"", flags=0x12), 6))
     [one] = segment(data, layout_of(data), 100)
     assert is_valid(one) and len(one) == len(data)
+
+
+def long_packet(payload, size):
+    return Packet(ether(ipv4(tcp(bytes(payload)), 6)), True, True, Gso.TCPV4, size)
+
+
+def test_tiny_segments_are_no_packet():
+    """One of 64 KiB would be as many packets as it has bytes: a guest's way to keep a host at work."""
+    for payload, size in ((65000, 1), (65000, 47), (4000, 1), (1400, 1)):
+        packet = long_packet(payload, size)
+        assert segments_of(packet) > SEGMENTS_MAX
+        assert lower(packet, PLAIN) == []
+    assert len(lower(long_packet(65000, 48), PLAIN)) == -(-65000 // 48)
+    assert segments_of(Packet(bytes(60))) == 1
+
+
+def test_a_batch_is_lowered_as_far_as_anybody_keeps_it():
+    plain, wrong = Packet(bytes(60)), Packet(bytes(60), csum_blank=True)
+    legs = [long_packet(4000, 4)] * 10
+    found = lower_all([plain, wrong, *legs, plain], PLAIN)
+    assert LOWERED_MAX <= len(found.packets) <= LOWERED_MAX + SEGMENTS_MAX
+    assert (found.wrong, found.left) == (1, 9)
+    # What sockets send in one batch is nothing near it.
+    usual = lower_all([long_packet(65000, 1448)] * 4 + [plain], PLAIN)
+    assert (len(usual.packets), usual.wrong, usual.left) == (4 * 45 + 1, 0, 0)
+    taken = lower_all(legs, ALL)
+    assert (list(taken.packets), taken.wrong, taken.left) == (legs, 0, 0)

@@ -203,6 +203,23 @@ def test_each_gets_what_it_takes():
     assert [len(found) for found in lan.got()] == [0, 1, 0] and lan.ports[2].rx_dropped == 1
 
 
+def test_a_long_packet_floods_as_what_it_stands_for(monkeypatch):
+    """It is cut once for all ports, and its segments count: else a guest would multiply its flood by them."""
+    made = []
+    real = module.lower_all
+    monkeypatch.setattr(module, "lower_all", lambda *args: made.append(args) or real(*args))
+    lan = Lan(5)
+    lan.ports[4].link(up(ALL))
+    data = ether(ipv4(tcp(bytes(4000)), 6))
+    packet = Packet(data[:6] + A + data[12:], True, True, Gso.TCPV4, 40)
+    lan.ports[0].send([packet])
+    assert [len(frames) for frames in lan.got()] == [0, 100, 100, 100, 1]
+    assert len(made) == 1
+    assert lan.ports[0].send([packet] * 30) == 30
+    counters = lan.ports[0].counters()
+    assert counters["flooded"] == 19 and counters["flood_dropped"] == 12  # 102 each, with its header, of 2000
+
+
 def test_a_frame_longer_than_a_ports_mtu_is_dropped_there():
     lan = Lan()
     lan.ports[1].link(up(mtu=9000))

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from zlib import crc32
 
 from xenbus.drivers.net.counters import Counters
-from xenbus.drivers.net.frames import lower
+from xenbus.drivers.net.frames import lower_all
 from xenbus.drivers.net.packet import ALL, ETH_DATA_LEN, ETH_HLEN, VLAN_HLEN, Gso, Link, Packet, Port
 
 # Seconds without a free slot after which packets for that ring are dropped (netback's rx_drain_timeout).
@@ -153,19 +153,11 @@ class Cable:
 
     def _lowered(self, packets: Sequence[Packet]) -> Sequence[Packet]:
         assert self._link is not None
-        if not any(packet.csum_blank or packet.gso for packet in packets):
-            return packets
-        offloads = self._link.offloads
-        found: list[Packet] = []
-        for packet in packets:
-            if packet.csum_blank or packet.gso:
-                plain = lower(packet, offloads)
-                if not plain:
-                    self.counters.bad_rx("frame", "an offload of a packet that is no TCP or UDP")
-                found += plain
-            else:
-                found.append(packet)
-        return found
+        found = lower_all(packets, self._link.offloads)
+        for _ in range(found.wrong):
+            self.counters.bad_rx("frame", "an offload of a packet that is no TCP or UDP, or of tiny segments")
+        self.counters.rx_dropped += found.left
+        return found.packets
 
     # -- End, for the port
 

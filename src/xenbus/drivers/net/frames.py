@@ -37,6 +37,12 @@ _CWR: Final = 0x80
 _U16: Final = Struct(">H")
 _U32: Final = Struct(">I")
 
+# Of one packet: 64 KiB in the least segments that Linux lets a peer ask for (tcp_min_snd_mss, 48 bytes).
+# Whoever wants more of them wants our time.
+SEGMENTS_MAX: Final = 0xFFFF // 48
+# Packets that a batch may have become when the next one of it is to be lowered: nobody keeps as many.
+LOWERED_MAX: Final = 1024
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -254,9 +260,40 @@ def lower(packet: Packet, offloads: Offloads) -> Sequence[Packet]:
     return (Packet(frame, data_validated=True),)
 
 
+@dataclass(slots=True)
+class Lowered:
+    """packets: plain ones; wrong: how many were not what they claimed; left: how many were not looked at"""
+
+    packets: Sequence[Packet]
+    wrong: int = 0
+    left: int = 0
+
+
+def lower_all(packets: Sequence[Packet], offloads: Offloads) -> Lowered:
+    """`lower` for a batch, as long as it has made no more than LOWERED_MAX of it."""
+    if not any(packet.csum_blank or packet.gso for packet in packets):
+        return Lowered(packets)
+    found: list[Packet] = []
+    wrong = 0
+    for done, packet in enumerate(packets):
+        if len(found) > LOWERED_MAX:
+            return Lowered(found, wrong, len(packets) - done)
+        plain = lower(packet, offloads)
+        wrong += not plain
+        found += plain
+    return Lowered(found, wrong)
+
+
+def segments_of(packet: Packet) -> int:
+    """How many packets it stands for."""
+    return -(-len(packet.data) // packet.gso_size) if packet.gso_size > 0 else 1
+
+
 def _segments(packet: Packet, offloads: Offloads) -> list[Packet]:
     layout = layout_of(packet.data, gso=True)
     if layout is None or layout.protocol != IPPROTO_TCP or packet.gso_size <= 0:
+        return []
+    if segments_of(packet) > SEGMENTS_MAX:
         return []
     if layout.version != (4 if packet.gso is Gso.TCPV4 else 6):
         return []

@@ -249,11 +249,13 @@ class Xnb(BackEnd[Parameters]):
             if link.tx is not None:
                 link.tx.kick()
 
-    def _groups(self, changes: Sequence[tuple[bool, bytes]]) -> None:
-        if self._options.multicast_control:
-            for add, address in changes:
-                if not self.multicast.change(add, address):
-                    self.dev.log.warning("no room for the multicast group %s", mac_text(address))
+    def _groups(self, changes: Sequence[tuple[bool, bytes]]) -> bool:
+        done = bool(self._options.multicast_control)
+        for add, address in changes if done else ():
+            if not self.multicast.change(add, address):
+                self.dev.log.warning("no room for the multicast group %s", mac_text(address))
+                done = False
+        return done
 
     def _look_at_multicast(self) -> None:
         self.dev.spawn(self._read_multicast(), name=f"{self.dev.nameunit} looks at its filter")

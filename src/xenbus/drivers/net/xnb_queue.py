@@ -41,7 +41,7 @@ class QueueLink:
         multicast: MulticastFilter,
         *,
         rx_notify: bool,
-        on_groups: Callable[[Sequence[tuple[bool, bytes]]], None],
+        on_groups: Callable[[Sequence[tuple[bool, bytes]]], bool],
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
     ) -> RxQueue:

@@ -37,7 +37,7 @@ WORK_PER_WAKEUP: Final = 256
 
 
 class TxQueue(GuestRing):
-    """on_groups: a guest changes its multicast filter: (add, address) each
+    """on_groups: a guest changes its multicast filter: (add, address) each; False if that cannot be
     on_error:  what was wrong with a packet
     """
 
@@ -48,7 +48,7 @@ class TxQueue(GuestRing):
         cable: Cable,
         *,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
-        on_groups: Callable[[Sequence[tuple[bool, bytes]]], None],
+        on_groups: Callable[[Sequence[tuple[bool, bytes]]], bool],
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
     ) -> None:
@@ -198,8 +198,8 @@ class TxQueue(GuestRing):
                 status = NETIF_RSP_ERROR
                 self._counters.bad_rx(chain.wrong.kind, str(chain.wrong))
                 self._on_error(str(chain.wrong))
-            elif chain.groups:
-                self._on_groups(chain.groups)
+            elif chain.groups and not self._on_groups(chain.groups):
+                status = NETIF_RSP_ERROR  # as netback
             for ident in chain.idents:
                 at = ring.claim_response()
                 if ident == EXTRA:

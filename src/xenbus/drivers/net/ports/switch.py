@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from xenbus.drivers.net.frames import lower
+from xenbus.drivers.net.frames import Lowered, lower_all, segments_of
 from xenbus.drivers.net.packet import ALL, ETH_HLEN, MAX_MTU, VLAN_HLEN, End, Gso, Link, Packet
 from xenbus.errors import UsageError
 
@@ -28,6 +28,10 @@ FLOOD_BURST: Final = 2_000.0
 
 # 802.1D, table 7-10: the addresses that a bridge keeps to itself.
 _RESERVED: Final = frozenset(bytes.fromhex("0180c20000") + bytes([last]) for last in range(16))
+
+
+# What a batch is for ends of some offloads: made once, however many ports it goes to.
+_Memo = dict[tuple[object, ...], Lowered]
 
 
 @dataclass(slots=True)
@@ -114,19 +118,18 @@ class SwitchPort:
 
     # -- what the switch calls
 
-    def deliver(self, packets: list[Packet]) -> None:
+    def deliver(self, packets: Sequence[Packet], lowered: _Memo) -> None:
         """Hand over, or keep what there is no room for, or drop it."""
         driver, peer = self.driver, self.peer
         if driver is None or peer is None:
             self.rx_dropped += len(packets)
             return
         if peer.offloads != ALL:
-            plain: list[Packet] = []
-            for packet in packets:
-                made = lower(packet, peer.offloads)
-                plain += made
-                self.rx_dropped += not made
-            packets = plain
+            key = (peer.offloads, *map(id, packets))
+            if (found := lowered.get(key)) is None:
+                found = lowered[key] = lower_all(packets, peer.offloads)
+            self.rx_dropped += found.wrong + found.left
+            packets = found.packets
         longest = peer.mtu + ETH_HLEN + VLAN_HLEN
         if any(len(packet.data) > longest for packet in packets):
             fits = [p for p in packets if len(p.data) <= longest or p.gso is not Gso.NONE]
@@ -141,7 +144,7 @@ class SwitchPort:
             self._full = True
             self._keep(packets[taken:])
 
-    def _keep(self, packets: list[Packet]) -> None:
+    def _keep(self, packets: Sequence[Packet]) -> None:
         """Copies: the sender's bytes are its own again when its call returns."""
         for packet in packets:
             size = len(packet.data)
@@ -155,14 +158,14 @@ class SwitchPort:
         self.rx_packets += 1
         self.rx_bytes += len(packet.data)
 
-    def may_flood(self, now: float) -> bool:
-        """Takes one from what this port may send to all others."""
+    def may_flood(self, now: float, count: int) -> bool:
+        """Takes so many from what this port may send to all others."""
         self._allowance = min(FLOOD_BURST, self._allowance + (now - self._counted_at) * FLOOD_RATE)
         self._counted_at = now
-        if self._allowance < 1:
+        if self._allowance < count:
             self.flood_dropped += 1
             return False
-        self._allowance -= 1
+        self._allowance -= count
         self.flooded += 1
         return True
 
@@ -269,12 +272,13 @@ class Switch:
             if seen is not None and now - seen.at <= AGE:
                 if seen.port is not source:
                     batches.setdefault(seen.port, []).append(packet)
-            elif source.may_flood(now):
+            elif source.may_flood(now, segments_of(packet)):
                 for port in self.ports:
                     if port is not source and port.peer is not None:
                         batches.setdefault(port, []).append(packet)
+        lowered: _Memo = {}
         for port, batch in batches.items():
-            port.deliver(batch)
+            port.deliver(batch, lowered)
 
     def _learn(self, source: SwitchPort, mac: bytes, now: float) -> None:
         seen = self._table.get(mac)

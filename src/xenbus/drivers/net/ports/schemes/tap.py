@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from xenbus.drivers.net.frames import checksum_at, lower
+from xenbus.drivers.net.frames import checksum_at, lower_all
 from xenbus.drivers.net.packet import (
     ALL,
     ETH_HLEN,
@@ -151,7 +151,7 @@ class TapPort:
         self._link: Link | None = None
         self._slab = bytearray(_SLAB)
         self._view = memoryview(self._slab)
-        self._rest: list[Packet] = []  # what the driver had no room for
+        self._rest: Sequence[Packet] = []  # what the driver had no room for
         self._reading = False
         self._full = False
         self.rx_packets = self.rx_bytes = self.rx_gso = self.rx_dropped = 0
@@ -319,7 +319,7 @@ class TapPort:
             self.rx_gso += 1
         return True
 
-    def _hand_over(self, packets: list[Packet]) -> bool:
+    def _hand_over(self, packets: Sequence[Packet]) -> bool:
         """False: the driver is full, and calls `ready`."""
         driver, link = self._driver, self._link
         if driver is None or link is None:
@@ -327,7 +327,9 @@ class TapPort:
             return True
         if link.offloads != ALL:
             # Of what the kernel made before it knew, and the one kind of checksum that it can't be told.
-            packets = [plain for packet in packets for plain in lower(packet, link.offloads)]
+            found = lower_all(packets, link.offloads)
+            self.rx_dropped += found.wrong + found.left
+            packets = found.packets
         taken = driver.send(packets)
         self._rest = packets[taken:]
         return not self._rest
