@@ -143,6 +143,9 @@ def test_a_restored_guest_has_its_device_again(xenbus):
         (["--front", "printer:"], 1, "no port scheme printer"),
         (["--switch", "a/b"], 1, "no switch's name"),
         (["--tap", "lo"], 1, "EINVAL"),
+        (["--bridge", ""], 2, "--bridge: no name"),
+        (["--tap", ""], 2, "--tap: no name"),
+        (["--switch", ""], 2, "--switch: no name"),
     ],
 )
 def test_what_is_refused_says_why_and_leaves_nothing(xenbus, words, code, text):

@@ -122,6 +122,16 @@ class Talker(Stack):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, SIOCBRADDBR, name.encode().ljust(16, b"\0"))
 
+    def delete(self, device: str) -> None:
+        """As `ip link del` (rtnetlink(7), RTM_DELLINK)."""
+        request, ack, delete = 1, 4, 17
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
+            body = struct.pack("BxHiII", 0, 0, socket.if_nametoindex(device), 0, 0)
+            link.send(struct.pack("IHHII", 16 + len(body), delete, request | ack, 1, 0) + body)
+            error = struct.unpack_from("i", link.recv(4096), 16)[0]
+            if error:
+                raise OSError(-error, os.strerror(-error), device)
+
     def inject(self, device: str, count: int, first: int = 0) -> None:
         """Frames of an experimental type (IEEE 802, 0x88b5) out of a device, numbered from `first` on."""
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:

@@ -6,7 +6,7 @@ import pytest
 from tests.support.embedded_store import embedded_store
 
 from xenbus.errors import UsageError
-from xenbus.toolstack.devices import list_devices, remove_device, write_device
+from xenbus.toolstack.devices import DeviceThere, list_devices, remove_device, write_device, write_numbered
 from xenbus.toolstack.net import NicSpec, free_devid
 
 MAC = "00:16:3e:11:22:33"
@@ -102,5 +102,28 @@ def test_numbers_and_the_record():
             assert (again.front, again.back, again.told) == (specs[1].front, specs[1].back, {"mtu": "1400"})
             await remove_device(store, specs[1].paths)
             assert await free_devid(store, 5) == 1
+
+    asyncio.run(main())
+
+
+def test_operators_who_look_for_a_number_at_once_all_find_one():
+    async def main():
+        async with embedded_store(0, 5) as (store, _, _):
+
+            async def attach():
+                async def make():
+                    number = await free_devid(store, 5)
+                    await asyncio.sleep(0)  # the others look, too
+                    return NicSpec(5, number, switch="s").device()
+
+                return (await write_numbered(store, make)).paths.devid
+
+            assert sorted(await asyncio.gather(*(attach() for _ in range(8)))) == list(range(8))
+
+            async def same():
+                return NicSpec(5, 3, switch="s").device()
+
+            with pytest.raises(DeviceThere, match="has a vif 3 already"):
+                await write_numbered(store, same)
 
     asyncio.run(main())

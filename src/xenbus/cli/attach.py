@@ -11,6 +11,8 @@ from xenbus.cli.completing import bridges, domains
 from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from xenbus.toolstack.devices import DeviceSpec
     from xenbus.toolstack.paths import DevicePaths
     from xenbus.toolstack.xenhost import AnyHost
@@ -67,7 +69,7 @@ def block(
     from xenbus.cli.hosts import with_toolstack
     from xenbus.toolstack.block import DiskSpec
 
-    async def action(toolstack: AnyHost) -> DevicePaths:
+    async def action(toolstack: AnyHost) -> DeviceSpec:
         front, back = await toolstack.find(domain), await toolstack.find(backend)
         disk = DiskSpec(
             front.domid,
@@ -78,9 +80,13 @@ def block(
             int(sector_size) if sector_size else None,
             back_kind=await toolstack.back_type(back, "vbd"),
         )
-        return await _attach(toolstack, disk.device(), None if no_wait else timeout)
 
-    paths = with_toolstack(directory, action)
+        async def make() -> DeviceSpec:
+            return disk.device()
+
+        return await _attach(toolstack, make, None if no_wait else timeout)
+
+    paths = with_toolstack(directory, action).paths
     data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
     emit(data, as_json, f"{device}: {paths.front}, served by {paths.back}")
 
@@ -133,27 +139,34 @@ def net(
       xenbus attach net --domain guest --switch 'lan?source=own&uplink=tap:up0' --dir /tmp/host
     """
     from xenbus.cli.hosts import with_toolstack
+    from xenbus.errors import UsageError
     from xenbus.toolstack.net import NicSpec, free_devid
 
     async def action(toolstack: AnyHost) -> DeviceSpec:
         guest, back = await toolstack.find(domain), await toolstack.find(backend)
-        nic = NicSpec(
-            guest.domid,
-            await free_devid(toolstack.store, guest.domid),
-            mac,
-            bridge or "",
-            tap or "",
-            switch or "",
-            front,
-            capture,
-            mtu,
-            queues,
-            back.domid,
-            await toolstack.back_type(back, "vif"),
-        )
-        spec = nic.device()
-        await _attach(toolstack, spec, None if no_wait else timeout)
-        return spec
+        for option, text in (("--bridge", bridge), ("--tap", tap), ("--switch", switch)):
+            if text == "":  # an empty variable of a script is not the default
+                raise UsageError(f"{option}: no name")
+        back_type = await toolstack.back_type(back, "vif")
+
+        async def make() -> DeviceSpec:
+            nic = NicSpec(
+                guest.domid,
+                await free_devid(toolstack.store, guest.domid),
+                mac,
+                bridge or "",
+                tap or "",
+                switch or "",
+                front,
+                capture,
+                mtu,
+                queues,
+                back.domid,
+                back_type,
+            )
+            return nic.device()
+
+        return await _attach(toolstack, make, None if no_wait else timeout)
 
     spec = with_toolstack(directory, action)
     paths, address = spec.paths, spec.front["mac"]
@@ -195,37 +208,44 @@ def console(
     from xenbus.cli.hosts import with_toolstack
     from xenbus.toolstack.console import ConsoleSpec, free_number
 
-    async def action(toolstack: AnyHost) -> DevicePaths:
+    async def action(toolstack: AnyHost) -> DeviceSpec:
         guest, back = await toolstack.find(domain), await toolstack.find(backend)
-        spec = ConsoleSpec(
-            guest.domid,
-            await free_number(toolstack.store, guest.domid) if number is None else number,
-            "",
-            not no_pty,
-            log,
-            log_size,
-            back.domid,
-            await toolstack.back_type(back, "console"),
-        )
-        return await _attach(toolstack, spec.device(), None if no_wait else timeout)
+        back_type = await toolstack.back_type(back, "console")
 
-    paths = with_toolstack(directory, action)
+        async def make() -> DeviceSpec:
+            spec = ConsoleSpec(
+                guest.domid,
+                await free_number(toolstack.store, guest.domid) if number is None else number,
+                "",
+                not no_pty,
+                log,
+                log_size,
+                back.domid,
+                back_type,
+            )
+            return spec.device()
+
+        return await _attach(toolstack, make, None if no_wait else timeout)
+
+    paths = with_toolstack(directory, action).paths
     data = {"front": paths.front, "back": paths.back, "devid": paths.devid}
     emit(data, as_json, f"console{paths.devid}: {paths.front}, served by {paths.back}")
 
 
-async def _attach(toolstack: AnyHost, spec: DeviceSpec, timeout: float | None) -> DevicePaths:
+async def _attach(
+    toolstack: AnyHost, make: Callable[[], Awaitable[DeviceSpec]], timeout: float | None
+) -> DeviceSpec:
     """timeout: None does not wait for the drivers."""
-    from xenbus.toolstack.devices import wait_connected, write_device
+    from xenbus.toolstack.devices import wait_connected, write_numbered
 
-    await write_device(toolstack.store, spec)
+    spec = await write_numbered(toolstack.store, make)
     if timeout is not None:
         try:
             await wait_connected(toolstack.store, spec.paths, timeout)
         except BaseException:
             await _take_back(toolstack, spec.paths)
             raise
-    return spec.paths
+    return spec
 
 
 async def _take_back(toolstack: AnyHost, paths: DevicePaths) -> None:

@@ -27,6 +27,10 @@ class DeviceFailed(XenbusError):
     """A driver refused a device; the message holds its own words."""
 
 
+class DeviceThere(UsageError):
+    """The domain has a device of that kind and number."""
+
+
 @dataclass(slots=True)
 class DeviceSpec:
     """One split device before it exists: where it goes, and what either half's directory says.
@@ -54,7 +58,7 @@ def _perms(owner: int, reader: int) -> list[Perm]:
 
 
 async def write_device(store: Client, spec: DeviceSpec) -> None:
-    """Both halves and the toolstack's record appear at once. UsageError if the device exists."""
+    """Both halves and the toolstack's record appear at once. DeviceThere, UsageError."""
     paths = spec.paths
 
     async def write(tx: Transaction) -> None:
@@ -62,7 +66,7 @@ async def write_device(store: Client, spec: DeviceSpec) -> None:
             if not await tx.exists(f"{domain_path(domid)}/name"):
                 raise UsageError(f"no domain {domid}")
         if await tx.exists(paths.front):
-            raise UsageError(f"domain {paths.front_domid} has a {paths.kind} {paths.devid} already")
+            raise DeviceThere(f"domain {paths.front_domid} has a {paths.kind} {paths.devid} already")
         front = {
             "backend": paths.back,
             "backend-id": str(paths.back_domid),
@@ -86,6 +90,21 @@ async def write_device(store: Client, spec: DeviceSpec) -> None:
             await tx.write(f"{paths.record}/{key}", value)
 
     await atomically(store, write)
+
+
+async def write_numbered(store: Client, make: Callable[[], Awaitable[DeviceSpec]]) -> DeviceSpec:
+    """`write_device` of one whose number `make` found to be free. Another operator may look at the same time:
+    then it is asked for the next one. DeviceThere if it says the same again."""
+    refused = None
+    while True:
+        spec = await make()
+        try:
+            await write_device(store, spec)
+            return spec
+        except DeviceThere:
+            if spec.paths == refused:
+                raise
+            refused = spec.paths
 
 
 def _recorded(spec: DeviceSpec) -> dict[str, str]:

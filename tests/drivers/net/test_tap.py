@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import logging
 import os
 import struct
 
@@ -299,6 +300,39 @@ async def sent_wrong():
 def test_packets_that_are_none_are_counted():
     """Two of them: one has less than a header, the other one's checksum is nowhere."""
     assert netlab.run(sent_wrong) == [200, 1, 1]
+
+
+async def deleted():
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("xenbus").addHandler(handler)
+    async with Station() as one:
+        before = descriptors()
+        port = await open_port(f"tap:left?netns={one.netns}")
+        driver = Sink()
+        port.start(driver)
+        port.link(up())
+        await one.ask("inject", device="left", count=1)
+        await until(lambda: numbers(driver))
+        await one.ask("delete", device="left")
+        await until(lambda: driver.links[-1] is None)
+        # The guest goes on, and comes back with another connection: nothing turns round on the dead device.
+        sent = [Packet(frame(b"\xff" * 6, station(9)))] * 64
+        assert port.send(sent) == 64
+        for link in (None, up()):
+            port.link(link)
+        assert port.send(sent) == 64
+        port.ready()
+        assert not port._reading and driver.links[-1] is None
+        await port.close()
+        return [said, port.counters()["tx_errors"], len(descriptors() - before)]
+
+
+def test_a_device_that_somebody_deletes():
+    said, errors, left = netlab.run(deleted)
+    assert len(said) == 1 and "tap left: somebody deleted it" in said[0]
+    assert (errors, left) == (128, 0)
 
 
 async def bridged():

@@ -154,6 +154,7 @@ class TapPort:
         self._rest: Sequence[Packet] = []  # what the driver had no room for
         self._reading = False
         self._full = False
+        self._gone = False
         self.rx_packets = self.rx_bytes = self.rx_gso = self.rx_dropped = 0
         self.tx_packets = self.tx_bytes = self.tx_gso = self.tx_dropped = self.tx_errors = 0
 
@@ -197,7 +198,7 @@ class TapPort:
             self.rx_dropped += len(self._rest)
             self._rest = []
         self._set_reading(link is not None and not self._rest)
-        if link is not None:
+        if link is not None and not self._gone:
             self._follow(link)
         self._set_carrier(link is not None)
 
@@ -272,6 +273,7 @@ class TapPort:
     # -- what the kernel says
 
     def _set_reading(self, wanted: bool) -> None:
+        wanted = wanted and not self._gone
         if wanted == self._reading:
             return
         self._reading = wanted
@@ -336,8 +338,10 @@ class TapPort:
 
     def _vanished(self, error: OSError) -> None:
         """Somebody deleted the device: there is nothing to read from any more."""
-        log.error("%s: %s", self.name, error.strerror)
         self._set_reading(False)
+        if not self._gone:
+            self._gone = True
+            log.error("%s: somebody deleted it (%s): attach the device anew", self.name, error.strerror)
         if self._driver is not None:
             self._driver.link(None)
 
@@ -354,6 +358,8 @@ class TapPort:
             log.warning("%s keeps what it had: %s", self.name, error)
 
     def _set_carrier(self, up: bool) -> None:
+        if self._gone:
+            return
         try:
             self._device.set_carrier(up)
         except OSError as error:
