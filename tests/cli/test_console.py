@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from tests.support.hosts import visit
@@ -200,7 +201,7 @@ def test_in_a_terminal(guest, xenbus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_it_and_the_terminal_is_as_it_was(guest, number):
     with Window("g") as window:
         window.see(b"leaves")
@@ -304,6 +305,28 @@ def test_the_end_of_the_input_does_not_end_it(guest):
         process.kill()
         process.stdout.close()
         process.wait()
+
+
+@pytest.mark.slow
+def test_an_input_that_cannot_be_read_is_at_its_end(guest, tmp_path):
+    guest.write(b"prompt")
+    with (tmp_path / "empty").open("w") as unreadable:
+        done = piped("g", "--idle", "0.2", stdin=unreadable)
+    assert (done.returncode, done.stdout) == (0, b"prompt")
+
+
+@pytest.mark.slow
+def test_an_output_that_is_full_says_so(guest):
+    guest.write(b"prompt")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*XENBUS, "console", "g"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 1 and b"standard output" in done.stderr
 
 
 @pytest.mark.slow

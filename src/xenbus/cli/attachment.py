@@ -21,7 +21,7 @@ from xenbus.errors import UsageError, XenbusError
 CHUNK = 4096  # bytes of one read; a pipe that is writable has room for as many
 FLUSH = 1.0  # seconds
 PENDING_MAX = 64 << 10  # bytes that one side has said and the other has no room for
-_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 class Ending(Enum):
@@ -160,7 +160,10 @@ class Inlet:
     async def _read_file(self) -> None:
         while not self.ended:
             await self._wanted.wait()
-            data = await self._loop.run_in_executor(None, os.read, self._fd, CHUNK)
+            try:
+                data = await self._loop.run_in_executor(None, os.read, self._fd, CHUNK)
+            except OSError:  # EISDIR, or open to be written alone
+                data = b""
             if data:
                 self._on_data(data)
             else:
@@ -219,8 +222,8 @@ class Attachment:
             screen.close()
             if self._quiet is not None:
                 self._quiet.cancel()
-        if self._output.error is not None:
-            raise self._output.error
+        if (error := self._output.error) is not None:
+            raise OSError(error.errno, error.strerror, "standard output")
         return ending
 
     def end(self, ending: Ending) -> None:

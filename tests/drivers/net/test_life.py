@@ -232,6 +232,58 @@ def test_a_front_end_that_goes_back_and_stays_there():
     with_raw_front(check, front=Once)
 
 
+class Hasty(RawFront):
+    """As mini-os's netfront: it waits for no offer, needs one port, and closes in its own order."""
+
+    lies = dict.fromkeys(
+        (
+            "feature-rx-notify",
+            "feature-sg",
+            "feature-gso-tcpv4",
+            "feature-gso-tcpv6",
+            "feature-ipv6-csum-offload",
+        )
+    )
+
+    async def attach(self):
+        self.seen = []
+        await self.initialise()
+
+    async def otherend_changed(self, state):
+        self.seen.append(state)
+
+    async def waits(self, state):
+        await until(lambda: state in self.seen)
+        self.seen.clear()
+
+
+def test_a_front_end_that_does_not_wait_for_the_offer():
+    async def check(r, front):
+        for _ in range(3):
+            await front.waits(S.CONNECTED)
+            await r.far.linked(5)
+            front.post(0)
+            front.put(60, page=1)
+            front.push()
+            assert len((await r.far.get(5)).data) == 60
+            await until(lambda: r.back._links[0].rx._posted)
+            await r.far.put(frame(60))
+            await until(lambda: front.received)
+            front.received.clear()
+            for mine, its in ((S.CLOSING, S.CLOSING), (S.CLOSED, S.CLOSED), (S.INITIALISING, S.INIT_WAIT)):
+                await front.dev.set_state(mine)
+                await front.waits(its)
+            assert not r.dom0.hv.held().mapped_pages
+            await front.initialise()
+
+    with_raw_front(check, front=Hasty)
+
+
+def test_a_rate_is_not_kept_to_and_that_is_said(caplog):
+    with_rig(works, rate="1000000,50000")
+    assert "rate 1000000,50000 is not kept to" in caplog.text
+
+
 def test_nothing_is_left_in_the_store_of_an_earlier_connection():
     async def check(r):
         old = {"queue-0", "queue-1", "multi-queue-num-queues"}

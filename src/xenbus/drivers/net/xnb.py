@@ -131,7 +131,7 @@ class Xnb(BackEnd[Parameters]):
         keys = [option.key for option in OPTIONS]
         said = await dev.gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys))
         self._options = Options.of(type(self), dev.node, said)
-        texts = ("mac", "script", "vifname", "handle", netif.PORT_KEY)
+        texts = ("mac", "script", "vifname", "handle", "rate", netif.PORT_KEY)
         said = await dev.gather(
             {**dict.fromkeys(texts, bytes.decode), "mtu": number32},
             {**dict.fromkeys(texts), "mtu": ETH_DATA_LEN},
@@ -144,6 +144,8 @@ class Xnb(BackEnd[Parameters]):
         if not MIN_MTU <= said["mtu"] <= MAX_MTU:
             raise UsageError(f"{dev.node}/mtu: {said['mtu']}, {MIN_MTU} to {MAX_MTU} it can be")
         self.mtu = said["mtu"]
+        if said["rate"]:
+            dev.log.warning("rate %s is not kept to: it sends as fast as it can", said["rate"])
         self._scripted = bool(said["script"])
         target = said[netif.PORT_KEY]
         if target is None:
