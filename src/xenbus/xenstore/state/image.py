@@ -32,8 +32,19 @@ class Image:
     positions: of journals alone: where a domain's ring stood when its connection was written down
     """
 
-    __slots__ = ("_children", "connections", "domains", "globals", "nodes", "positions", "quotas",
-                 "transactions", "views", "watches")  # fmt: skip
+    __slots__ = (
+        "_children",
+        "_rings",
+        "connections",
+        "domains",
+        "globals",
+        "nodes",
+        "positions",
+        "quotas",
+        "transactions",
+        "views",
+        "watches",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.globals: GlobalData | None = None
@@ -45,6 +56,7 @@ class Image:
         self.views: dict[tuple[int, int], list[Placed]] = {}
         self.nodes: dict[bytes, Placed] = {}
         self.positions: dict[int, RingPosition] = {}
+        self._rings: dict[int, int] = {}  # whose connection it is, by domid
         self._children: dict[bytes, dict[bytes, None]] = {}
 
     # ---- a stream ----
@@ -85,13 +97,18 @@ class Image:
                 _check_domid(placed, spec.domid)
             if spec.target is not None and spec.target >= DOMID_FIRST_RESERVED:
                 raise placed.error(f"domain {spec.target} as a target")
-            for other in self.connections.values():
-                ring = other.record.spec if isinstance(other.record, ConnectionData) else None
-                if isinstance(ring, Ring) and ring.domid == spec.domid:
-                    raise placed.error(f"domain {spec.domid} has a ring already")
+            if self._rings.get(spec.domid, record.conn_id) != record.conn_id:
+                raise placed.error(f"domain {spec.domid} has a ring already")
         _check_outbound(placed, record)
+        if isinstance(spec, Ring):
+            self._rings[spec.domid] = record.conn_id
         self.connections[record.conn_id] = placed
         self.watches[record.conn_id] = []
+
+    def _drop_connection(self, conn_id: int) -> None:
+        old = self.connections.pop(conn_id, None)
+        if old is not None and isinstance(old.record, ConnectionData) and isinstance(old.record.spec, Ring):
+            self._rings.pop(old.record.spec.domid, None)
 
     def _add_watch(self, placed: Placed, record: WatchData) -> None:
         held = self.watches.get(record.conn_id)
@@ -184,10 +201,11 @@ class Image:
                 self.quotas = None
                 self.domains.clear()
                 self.connections.clear()
+                self._rings.clear()
                 self.watches.clear()
                 self.positions.clear()
             elif isinstance(record, ConnectionData):
-                self.connections.pop(record.conn_id, None)
+                self._drop_connection(record.conn_id)
                 self.positions.pop(record.conn_id, None)
             elif isinstance(record, RingPosition):
                 self.positions[record.domid] = record
