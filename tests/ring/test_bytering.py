@@ -7,6 +7,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support import c_header
 
 from xenbus.errors import PeerError, UsageError
 from xenbus.ring.bytering import (
@@ -25,8 +26,25 @@ def page() -> memoryview:
     return memoryview(bytearray(4096))
 
 
+@pytest.mark.parametrize(
+    ("layout", "struct_name", "ring", "kind"),
+    [
+        (XENSTORE_REQ, "xenstore_domain_interface", "req", "xs_wire.h"),
+        (XENSTORE_RSP, "xenstore_domain_interface", "rsp", "xs_wire.h"),
+        (XENCONS_IN, "xencons_interface", "in", "console.h"),
+        (XENCONS_OUT, "xencons_interface", "out", "console.h"),
+    ],
+)
+def test_layout_is_the_header_s(layout, struct_name, ring, kind, tmp_path):
+    names = [f"{ring}_cons", f"{ring}_prod"]
+    wanted = [f"offsetof(struct {struct_name}, {name})" for name in (ring, *names)]
+    size = f"sizeof(((struct {struct_name} *)0)->{ring})"
+    found = c_header.values(tmp_path, kind, [*wanted, size])
+    assert (found[wanted[0]], found[size], found[wanted[1]], found[wanted[2]]) == layout
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_is_the_headers(layout):
+def test_where_it_reads_and_writes(layout):
     offset, size, cons, prod = layout
     view = page()
     end = ByteRingEnd(view, *layout)
