@@ -316,4 +316,9 @@ def test_completion(xenbus):
         return {line.partition(",")[2] for line in done.stdout.splitlines() if line.strip()}
 
     assert {"g", "h"} <= complete("--domain", "")
-    assert complete("--bridge", "") == {path.parent.name for path in Path("/sys/class/net").glob("*/bridge")}
+    for option, kind in (("--bridge", "bridge"), ("--tap", "tun_flags")):
+        assert complete(option, "") == {path.parent.name for path in Path("/sys/class/net").glob(f"*/{kind}")}
+    attach(xenbus, "g", "--switch", "blue?source=own")
+    attach(xenbus, "h")
+    assert complete("--switch", "") == {"blue", "lan"}
+    assert complete("--switch", "b") == {"blue"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xenbus.cli.completing import bridges, domains
+from xenbus.cli.completing import bridges, domains, switches, taps
 from xenbus.cli.context import dir_option, emit, json_option
 
 if TYPE_CHECKING:
@@ -102,8 +102,12 @@ def block(
     shell_complete=bridges,
     help="A Linux bridge, which gets a TAP device for it.",
 )
-@click.option("--tap", metavar="NAME", help="A TAP device: made, or opened if it is there.")
-@click.option("--switch", metavar="NAME", help="A switch in the back end's process (lan).")
+@click.option(
+    "--tap", metavar="NAME", shell_complete=taps, help="A TAP device: made, or opened if it is there."
+)
+@click.option(
+    "--switch", metavar="NAME", shell_complete=switches, help="A switch in the back end's process (lan)."
+)
 @click.option("--front", metavar="TARGET", default="", help="The guest's own side: packet:, tap:NAME...")
 @click.option("--capture", metavar="FILE", default="", help="What passes, as pcapng, kept by the back end.")
 @click.option("--mtu", type=int, default=1500, show_default=True, help="Bytes behind the header.")

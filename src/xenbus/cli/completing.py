@@ -63,3 +63,24 @@ def bridges(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> 
     """Linux's, of this machine: needs nobody's answer."""
     names = sorted(path.parent.name for path in Path("/sys/class/net").glob("*/bridge"))
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def taps(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """TAP devices of this machine, in our network namespace."""
+    names = sorted(path.parent.name for path in Path("/sys/class/net").glob("*/tun_flags"))
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def switches(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Those that a domain has a port of."""
+
+    async def names(toolstack: Any) -> list[str]:
+        from xenbus.toolstack.devices import list_devices
+        from xenbus.toolstack.net import switch_of
+
+        found = {""}
+        for info in await toolstack.domains():
+            found |= {switch_of(spec) for spec in await list_devices(toolstack.store, info.domid)}
+        return sorted(found - {""})
+
+    return [CompletionItem(name) for name in _ask(ctx, names) if name.startswith(incomplete)]

@@ -95,6 +95,12 @@ class NicSpec:
         return target
 
 
+def switch_of(spec: DeviceSpec) -> str:
+    """The name of the switch that a device is a port of; "" for any other device."""
+    target = spec.back.get(PORT_KEY, "")
+    return target.removeprefix("switch:").partition("?")[0] if target.startswith("switch:") else ""
+
+
 async def free_devid(store: Client, domid: int) -> int:
     """The lowest number that no network device of the domain has. UsageError if it has DEVICES_MAX."""
     used = {spec.paths.devid for spec in await list_devices(store, domid) if spec.paths.kind == KIND}
