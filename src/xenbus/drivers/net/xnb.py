@@ -217,13 +217,13 @@ class Xnb(BackEnd[Parameters]):
         dev = self.dev
         dev.features = offers.agree(self._options, dict(front.takes))
         takes = offers.link_of(dev.features, self.mtu, self.mac)
+        self.cable.notified = front.rx_notify
         self._links = [QueueLink(dev, keys) for keys in front.queues]
         for link in self._links:
             await link.build(
                 self.cable,
                 takes,
                 self.multicast,
-                rx_notify=front.rx_notify,
                 on_groups=self._groups,
                 on_error=lambda what: dev.log.warning("%s", what),
                 on_fatal=self._broken,

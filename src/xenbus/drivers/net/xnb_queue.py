@@ -40,7 +40,6 @@ class QueueLink:
         link: Link,
         multicast: MulticastFilter,
         *,
-        rx_notify: bool,
         on_groups: Callable[[Sequence[tuple[bool, bytes]]], bool],
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
@@ -71,7 +70,6 @@ class QueueLink:
             cable,
             link,
             multicast,
-            kicked=rx_notify,
             spawn=dev.spawn,
             on_fatal=on_fatal,
         )
