@@ -11,7 +11,7 @@ import pytest
 from tests.support.until import descriptors
 
 from xenbus.bus import journals
-from xenbus.ring.journal import JournalError
+from xenbus.ring.journal import Journal, JournalError, journal_size
 
 NODE = "backend/vbd/1/51712"
 WHOSE = journals.identity(NODE, 1, (8,), 3)
@@ -30,12 +30,18 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def create(directory, node=NODE, queue=0, whose=WHOSE):
-    return journals.create(directory, node, queue, whose, 0, 32, 112)
+def layout(entries=32):
+    return journals.Layout(journal_size(entries, 112), lambda view: Journal(view, entries, 112))
 
 
-def resume(directory, node=NODE, queue=0, whose=WHOSE, entries=32):
-    return journals.resume(directory, node, queue, whose, entries, 112)
+def create(directory, node=NODE, name="q0", whose=WHOSE):
+    made = journals.create(directory, node, name, layout())
+    made.journal.begin(whose, 0)
+    return made
+
+
+def resume(directory, node=NODE, name="q0", whose=WHOSE, entries=32):
+    return journals.resume(directory, node, name, layout(entries), whose)
 
 
 def test_made_left_found_and_removed(directory):
@@ -74,7 +80,7 @@ def test_one_process_at_a_time(directory):
     for call in (create, resume):
         with pytest.raises(journals.JournalBusy, match="another process"):
             call(directory)
-    create(directory, queue=1).remove()
+    create(directory, name="q1").remove()
     assert journals.sweep(directory, []) == []
     made.close()
     resume(directory).close()
@@ -84,7 +90,9 @@ HOLDER = """
 import sys, signal
 from pathlib import Path
 from xenbus.bus import journals
-held = journals.resume(Path(sys.argv[1]), sys.argv[2], 0, bytes.fromhex(sys.argv[3]), 32, 112)
+from xenbus.ring.journal import Journal, journal_size
+layout = journals.Layout(journal_size(32, 112), lambda view: Journal(view, 32, 112))
+held = journals.resume(Path(sys.argv[1]), sys.argv[2], "q0", layout, bytes.fromhex(sys.argv[3]))
 print("held", flush=True)
 signal.pause()
 """
@@ -154,10 +162,12 @@ def test_a_full_filesystem_is_said_at_once(directory, monkeypatch):
 def test_sweep_takes_what_no_device_wants(directory):
     for node in (NODE, "backend/vbd/2/51712", "backend/vbd/2/51728"):
         create(directory, node).close()
+    create(directory, "backend/vif/2/0", "rings").close()
     for name in ("notes", "backend.vbd.2.51712"):
         (directory / name).touch()
     removed = journals.sweep(directory, [NODE])
-    assert sorted(path.name for path in removed) == ["backend.vbd.2.51712.q0", "backend.vbd.2.51728.q0"]
+    gone = ["backend.vbd.2.51712.q0", "backend.vbd.2.51728.q0", "backend.vif.2.0.rings"]
+    assert sorted(path.name for path in removed) == gone
     assert names(directory) == ["backend.vbd.1.51712.q0", "backend.vbd.2.51712", "notes"]
     assert journals.discard(directory, "backend/vbd/1/5171") == []
     assert [path.name for path in journals.discard(directory, NODE)] == ["backend.vbd.1.51712.q0"]

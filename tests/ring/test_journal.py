@@ -389,7 +389,7 @@ def test_another_ring_s_journal_is_refused():
     with pytest.raises(JournalError, match="another connection"):
         journal.check(b"j" * 32)
     memory[16] = 8
-    with pytest.raises(JournalError, match="slots of"):
+    with pytest.raises(JournalError, match="sizes of"):
         journal.check(IDENTITY)
     with pytest.raises(JournalError, match="bytes, not"):
         Journal(memory, SLOTS * 2, SLOT)

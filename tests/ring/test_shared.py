@@ -47,25 +47,6 @@ def message(n: int) -> bytes:
     return struct.pack("<QQ", n, n ^ 0xFFFF)
 
 
-@pytest.mark.parametrize("start", [0, 2, 3, MASK - 1])
-def test_answers_made_in_private_leave_the_requests_on_the_ring_until_they_are_pushed(start):
-    front, back = pair(4, start)
-    for n in range(4):
-        front.put_request(message(n))
-    front.push_requests()
-    assert len(back.take_requests()) == 4
-    before, private = bytes(back.slots), bytearray(len(back.slots))
-    for n in range(3):
-        at = back.claim_response()
-        private[at : at + SLOT] = message(100 + n)
-    assert bytes(back.slots) == before
-    assert BackRing(memoryview(front.slots.obj), SLOT).take_requests() == [message(n) for n in range(4)]
-    assert back.push_responses_of(private)
-    assert not back.push_responses_of(private)
-    assert front.take_responses() == [message(100 + n) for n in range(3)]
-    assert BackRing(memoryview(front.slots.obj), SLOT).take_requests() == [message(3)]
-
-
 def test_sizes_of_the_header():
     # __RING_SIZE: blkif's slot of 112 bytes gives 32 in a page, 64 in two, 512 in sixteen.
     assert [ring_size(112, 4096 * n) for n in (1, 2, 4, 8, 16)] == [32, 64, 128, 256, 512]
@@ -469,25 +450,6 @@ def test_a_claimed_slot_is_the_next_one_and_is_published_by_push():
     assert back.unconsumed_requests() == 0
     front.push_requests()
     assert [raw[0] for raw in back.take_requests()] == list(range(front.size))
-
-
-def test_a_claimed_response_is_the_next_one_and_is_published_by_push():
-    view = memoryview(bytearray(4096))
-    front, back = FrontRing(view, 112), BackRing(view, 112)
-    front.init()
-    for n in range(3):
-        front.put_request(bytes([n]))
-    front.push_requests()
-    back.take_requests()
-    for n in range(3):
-        at = back.claim_response()
-        assert at == n * 112
-        back.slots[at] = n + 10
-    with pytest.raises(UsageError, match="without a request"):
-        back.claim_response()
-    assert front.unconsumed_responses() == 0
-    back.push_responses()
-    assert [raw[0] for raw in front.take_responses()] == [10, 11, 12]
 
 
 def test_final_check_can_ask_for_several_responses_together():

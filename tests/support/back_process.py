@@ -38,7 +38,7 @@ class BackProcess:
         patience: float | None = None,
     ) -> BackProcess:
         """Up and ready. stick: so many writes are done, all later ones hang; patience: seconds that a former
-        process has to be gone, if not xbbd's own."""
+        process has to be gone, if not BackEnd's own."""
         command = [sys.executable, "-m", "tests.support.back_process", "--store", store]
         command += ["--handle", str(handle.fileno())] if handle is not None else []
         command += ["--journals", str(journals)] if journals is not None else []
@@ -158,9 +158,9 @@ def main() -> None:
     parser.add_argument("--patience", type=float)
     given = parser.parse_args()
     if given.patience is not None:
-        from xenbus.drivers.block import xbbd
+        from xenbus.drivers import halves
 
-        xbbd.BUSY_TIMEOUT = given.patience
+        halves.BUSY_TIMEOUT = given.patience
     if given.stick is not None:
         _stick(given.stick)
     from xenbus.hypervisor.polling import polling_loop

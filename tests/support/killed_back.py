@@ -30,6 +30,8 @@ class KilledBack:
 
     def __init__(self, tmp_path: Path) -> None:
         self.socket = str(tmp_path / "store")
+        self.journals = tmp_path / "journals"
+        self.journals.mkdir(mode=0o700)
         self.back: BackProcess | None = None
 
     @classmethod
@@ -81,6 +83,7 @@ class KilledBack:
 
     async def rise(self, **options: Any) -> BackProcess:
         """A new process with the back end; options: see BackProcess.start."""
+        options = {"journals": self.journals, **options}
         self.back = await BackProcess.start(self.socket, self.broker.handle(0), **options)
         return self.back
 
@@ -91,6 +94,7 @@ class KilledBack:
         await wait_connected(self.tool, spec.paths)
 
     async def unplug(self) -> None:
-        """In order; afterwards domain 0 holds nothing."""
+        """In order; afterwards domain 0 holds nothing, and nothing is left for another process."""
         assert await detach_device(self.tool, self.spec.paths)
         await until(lambda: self.broker.held(0) == Held(0, 0, 0))
+        assert list(self.journals.iterdir()) == []

@@ -110,6 +110,18 @@ class Pair:
 
         await self.world.tool.transaction(write)
 
+    async def leave(self) -> dict[str, Any]:
+        """The back end's process ends, states as they are. What could not end, by node."""
+        failures = await self.dom0.back.release()
+        await self.dom0.front.detach()
+        await self.dom0.store.close()
+        return dict(failures)
+
+    async def inherit(self, settings: Settings) -> None:
+        """Another process of the same domain."""
+        self.dom0 = await self.world.guest(self.dom0.domid, settings, inherits=True)
+        await self.dom0.attach()
+
     def held(self) -> tuple[Any, Any]:
         return self.dom0.hv.held(), self.guest.hv.held()
 

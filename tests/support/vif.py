@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from tests.support.pair import SETTINGS, Pair
+from tests.support.until import until
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.net import Packet, Xn, Xnb
 from xenbus.drivers.net.capture import CapturedPort
@@ -57,6 +58,7 @@ class Rig(Pair):
 
     async def connected(self) -> Rig:
         await self.states(XenbusState.CONNECTED, XenbusState.CONNECTED)
+        await until(lambda: self.back.cable.connected)
         await self.near.linked(5)
         await self.far.linked(5)
         return self

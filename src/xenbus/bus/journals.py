@@ -1,7 +1,8 @@
-"""Journals as files: one a ring, in a directory that the operator names: a tmpfs, to go with the machine.
+"""Journals as files: one a ring or a device, in a directory that the operator names: a tmpfs, to go with the
+machine.
 
-Knows files, locks and the layout of ring/journal.py; knows no device but by its node. The lock is the
-process's: who holds it serves the ring, and the kernel ends it with the process.
+Knows files and locks; knows no device but by its node, and of a layout that it can be checked. The lock is
+the process's: who holds it serves the ring, and the kernel ends it with the process.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
-from xenbus.ring.journal import Journal, JournalError, journal_size
+from xenbus.ring.journal import JournalError
 
 _NODE: Final = re.compile(r"[A-Za-z0-9_@-]{1,64}(?:/[A-Za-z0-9_@-]{1,64}){1,4}")
-_FILE: Final = re.compile(r"([A-Za-z0-9_@-]{1,64}(?:\.[A-Za-z0-9_@-]{1,64}){1,4})\.q[0-9]{1,4}")
+_FILE: Final = re.compile(r"([A-Za-z0-9_@-]{1,64}(?:\.[A-Za-z0-9_@-]{1,64}){1,4})\.(?:q[0-9]{1,4}|rings)")
 _NEVER_FOLLOW: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -27,17 +29,39 @@ class JournalBusy(JournalError):
     """Another process that lives serves this ring."""
 
 
-class JournalFile:
-    """A ring's journal, locked and mapped. The ring that works on `journal` is released before `close`."""
+class Kept(Protocol):
+    """A journal: what is made of a file's bytes."""
+
+    def check(self, identity: bytes) -> None:
+        """JournalError unless it was begun for this very connection."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the bytes. Idempotent."""
+        ...
+
+
+J = TypeVar("J", bound=Kept)
+
+
+@dataclass(slots=True, frozen=True)
+class Layout(Generic[J]):
+    """size: bytes of a file; over: the journal in a buffer of so many. It may raise JournalError"""
+
+    size: int
+    over: Callable[[memoryview], J]
+
+
+class JournalFile(Generic[J]):
+    """A journal, locked and mapped. What works on `journal` is released before `close`."""
 
     __slots__ = ("_map", "journal", "path")
 
-    def __init__(self, path: Path, mapped: mmap.mmap, entries: int, slot_size: int) -> None:
+    def __init__(self, path: Path, mapped: mmap.mmap, layout: Layout[J]) -> None:
         self.path = path
         self._map = mapped
-        view = memoryview(mapped)
-        self.journal = Journal(view, entries, slot_size)
-        view.release()
+        with memoryview(mapped) as view:
+            self.journal = layout.over(view)
 
     def close(self) -> None:
         """The file stays, for the process that comes next. Idempotent."""
@@ -52,20 +76,17 @@ class JournalFile:
 
 
 def identity(*parts: object) -> bytes:
-    """The 32 bytes that say whose ring a journal is for."""
+    """The 32 bytes that say which connection a journal is for."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
 
 
-def create(
-    directory: Path, node: str, queue: int, whose: bytes, index: int, entries: int, slot_size: int
-) -> JournalFile:
-    """A new journal for the ring of that queue of `node`; one that was left from before is removed.
+def create(directory: Path, node: str, name: str, layout: Layout[J]) -> JournalFile[J]:
+    """A new journal for that part of `node`, zeroed; one that was left from before is removed.
 
-    whose: see `identity`; index: where the ring stands. JournalBusy; JournalError with why it cannot be made,
-    a full filesystem included (it takes all its room at once).
+    name: "q0", "q1" of a queue, "rings" of all there are. JournalBusy; JournalError with why it cannot be
+    made, a full filesystem included (it takes all its room at once).
     """
-    path = _path(directory, node, queue)
-    size = journal_size(entries, slot_size)
+    path = _path(directory, node, name)
     old = -1
     try:
         try:
@@ -78,8 +99,8 @@ def create(
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NEVER_FOLLOW, 0o600)
         try:
             _lock(fd, path)
-            os.posix_fallocate(fd, 0, size)  # a hole in a full tmpfs would be SIGBUS later
-            made = JournalFile(path, mmap.mmap(fd, size), entries, slot_size)
+            os.posix_fallocate(fd, 0, layout.size)  # a hole in a full tmpfs would be SIGBUS later
+            return JournalFile(path, mmap.mmap(fd, layout.size), layout)
         except BaseException:
             _unlink(path)
             raise
@@ -90,21 +111,21 @@ def create(
     finally:
         if old >= 0:
             os.close(old)
-    made.journal.begin(whose, index)
-    return made
 
 
-def resume(directory: Path, node: str, queue: int, whose: bytes, entries: int, slot_size: int) -> JournalFile:
-    """What a former process left of that ring. JournalBusy; JournalError if there is none, or not of it."""
-    path = _path(directory, node, queue)
-    size = journal_size(entries, slot_size)
+def resume(directory: Path, node: str, name: str, layout: Layout[J], whose: bytes) -> JournalFile[J]:
+    """What a former process left of that part. JournalBusy; JournalError if there is none, or not of it.
+
+    whose: see `identity`
+    """
+    path = _path(directory, node, name)
     try:
         fd = _open(path, os.O_RDWR)
         try:
             there = os.fstat(fd).st_size
-            if there != size:
-                raise JournalError(f"{path}: {there} bytes, not {size}")
-            found = JournalFile(path, mmap.mmap(fd, size), entries, slot_size)
+            if there != layout.size:
+                raise JournalError(f"{path}: {there} bytes, not {layout.size}")
+            found = JournalFile(path, mmap.mmap(fd, layout.size), layout)
         finally:
             os.close(fd)
     except OSError as error:
@@ -163,11 +184,11 @@ def _remove(directory: Path, unwanted: Callable[[str], bool]) -> list[Path]:
     return removed
 
 
-def _path(directory: Path, node: str, queue: int) -> Path:
+def _path(directory: Path, node: str, name: str) -> Path:
     check_directory(directory)
     if _NODE.fullmatch(node) is None:
         raise JournalError(f"no journal for a device at {node!r}")
-    return directory / f"{_base(node)}.q{queue}"
+    return directory / f"{_base(node)}.{name}"
 
 
 def _open(path: Path, flags: int) -> int:

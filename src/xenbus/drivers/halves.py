@@ -14,8 +14,10 @@ from re import Pattern
 from typing import Any, ClassVar, Generic, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusDriver, XenbusState
+from xenbus.bus.journals import JournalBusy
 from xenbus.drivers.nodes import text
 from xenbus.errors import DeadlineError, HypervisorError, LinkDown, NoEntry, PeerError, XenbusError
+from xenbus.newbus import NoMatch
 
 _ENDING = (XenbusState.CLOSING, XenbusState.CLOSED)
 # A back end that stands there may have pages of its front mapped.
@@ -24,6 +26,9 @@ _MAPS = (XenbusState.CONNECTED, XenbusState.CLOSING)
 UNMAP_TIMEOUT = 3.0
 # How often a back end that closed is asked for a new connection, before one of them was served.
 TRIES = 5
+# Seconds for a process that we go on for to be gone: its journals unlocked, and then its ports unbound.
+BUSY_TIMEOUT = 10.0
+PORT_TIMEOUT = 2.0
 P = TypeVar("P")
 
 
@@ -70,6 +75,9 @@ class BackEnd(_Half, Generic[P]):
     def _linked(self) -> bool:
         """A front is connected, or about to be."""
 
+    async def _read_options(self) -> None:
+        """What the toolstack's nodes say of this device, before anything else. UsageError."""
+
     @abstractmethod
     async def _open(self) -> object:
         """The far side, as the toolstack's nodes name it, if it is not open yet."""
@@ -88,7 +96,8 @@ class BackEnd(_Half, Generic[P]):
 
     @abstractmethod
     async def _build(self, parameters: P, *, resumes: bool = False) -> None:
-        """Map and bind it all; `_give_back` whatever came of it. resumes: a former process's connection"""
+        """Map and bind it all; `_give_back` whatever came of it. resumes: a former process's connection; the
+        far side may not be open then"""
 
     @abstractmethod
     async def _built(self) -> None:
@@ -109,12 +118,15 @@ class BackEnd(_Half, Generic[P]):
 
     def _patience(self, error: XenbusError) -> float:
         """Seconds to try again after this, when a former process's connection is taken over."""
-        return 2.0 if isinstance(error, HypervisorError) else 0.0
+        if isinstance(error, JournalBusy):
+            return BUSY_TIMEOUT
+        return PORT_TIMEOUT if isinstance(error, HypervisorError) else 0.0
 
     # -- callbacks of the bus
 
     async def attach(self) -> None:
         try:
+            await self._read_options()
             await self._open()
             await self.dev.set_state(XenbusState.INIT_WAIT, self._offer())
         except BaseException:
@@ -124,6 +136,7 @@ class BackEnd(_Half, Generic[P]):
     async def recover(self) -> None:
         """Goes on with the connection of a process that was killed."""
         dev, peer = self.dev, self.dev.otherend_state
+        await self._read_options()
         if dev.state is XenbusState.CONNECTED and peer is XenbusState.INITIALISING:
             await self.attach()  # it began anew, and waits for us to do so
         elif self._left_linked:
@@ -178,16 +191,18 @@ class BackEnd(_Half, Generic[P]):
             await self._built()
 
     async def _resume(self) -> None:
-        """From `recover`. Raises what makes it impossible."""
+        """From `recover`. Raises what makes it impossible; NoMatch if another process that lives is there."""
         async with self._busy:
-            await self._open()
             try:
                 await self._take_over(await self._front_parameters())
                 await self._resumed()
-            except BaseException:
+            except BaseException as error:
                 await self._give_back()
                 await self._close_far_side()
-                raise
+                if not isinstance(error, JournalBusy):
+                    raise
+                self.dev.log.error("left alone: %s", error)
+                raise NoMatch(str(error)) from None
 
     async def _take_over(self, parameters: P) -> None:
         """`_build` of what a process left that ended, under `_busy`. The kernel may still be at its end: its

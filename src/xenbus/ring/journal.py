@@ -30,9 +30,9 @@ VERSION: Final = 1
 IDENTITY_SIZE: Final = 32
 ID_SIZE: Final = 8
 COUNT_BASE: Final = 1 << 32
-_HEADER: Final = struct.Struct("<8sIII4x32s")
-_TAKEN_AT: Final = _HEADER.size
-_ENTRIES_AT: Final = 64
+HEAD_SIZE: Final = 64  # of any journal; the last 8 bytes are its layout's own
+_HEAD: Final = struct.Struct("<8sIII4x32s")
+_TAKEN_AT: Final = _HEAD.size
 MAX_ENTRIES: Final = 1 << 16
 
 
@@ -44,7 +44,42 @@ def journal_size(entries: int, slot_size: int) -> int:
     """Bytes of a journal for a ring of so many slots of that size. UsageError."""
     if not (0 < entries <= MAX_ENTRIES and 0 < slot_size <= 4096):
         raise UsageError(f"no journal for {entries} slots of {slot_size} bytes")
-    return _ENTRIES_AT + entries * (16 + slot_size)
+    return HEAD_SIZE + entries * (16 + slot_size)
+
+
+class Head:
+    """What a journal is, and whose: the first bytes of each of them, whatever comes behind.
+
+    magic:  8 bytes that name its layout; sizes: those that its layout depends on
+    """
+
+    __slots__ = ("_magic", "_octets", "_sizes")
+
+    def __init__(self, view: memoryview, magic: bytes, sizes: tuple[int, int]) -> None:
+        if struct.calcsize("P") < 8:
+            raise JournalError("a journal takes a machine that stores 8 bytes at once")
+        self._octets = view[: _HEAD.size]
+        self._magic = magic
+        self._sizes = sizes
+
+    def release(self) -> None:
+        self._octets.release()
+
+    def begin(self, identity: bytes) -> None:
+        """In a zeroed buffer."""
+        # The magic comes last: what bears it is whole.
+        _HEAD.pack_into(self._octets, 0, bytes(8), VERSION, *self._sizes, identity)
+        self._octets[: len(self._magic)] = self._magic
+
+    def check(self, identity: bytes) -> None:
+        """JournalError unless it was begun for this very connection."""
+        magic, version, *sizes, whose = _HEAD.unpack_from(self._octets)
+        if magic != self._magic or version != VERSION:
+            raise JournalError(f"no journal of version {VERSION}: it begins with {magic!r}, {version}")
+        if tuple(sizes) != self._sizes:
+            raise JournalError(f"it is made for sizes of {tuple(sizes)}, not {self._sizes}")
+        if whose != identity:
+            raise JournalError("it is another connection's")
 
 
 class Journal:
@@ -56,18 +91,16 @@ class Journal:
     __slots__ = ("_head", "entries", "raw", "rsp", "seq", "slot_size", "taken")
 
     def __init__(self, view: memoryview, entries: int, slot_size: int) -> None:
-        if struct.calcsize("P") < 8:
-            raise JournalError("a journal takes a machine that stores 8 bytes at once")
         size = journal_size(entries, slot_size)
         if view.nbytes != size:
             raise JournalError(f"a journal of {view.nbytes} bytes, not {size}")
         self.entries = entries
         self.slot_size = slot_size
         octets = view.cast("B")
-        at = _ENTRIES_AT + 8 * entries
-        self._head = octets[:_ENTRIES_AT]
-        self.taken = octets[_TAKEN_AT:_ENTRIES_AT].cast("Q")
-        self.seq = octets[_ENTRIES_AT:at].cast("Q")
+        at = HEAD_SIZE + 8 * entries
+        self._head = Head(octets, MAGIC, (slot_size, entries))
+        self.taken = octets[_TAKEN_AT:HEAD_SIZE].cast("Q")
+        self.seq = octets[HEAD_SIZE:at].cast("Q")
         self.rsp = octets[at : at + 8 * entries].cast("Q")
         self.raw = octets[at + 8 * entries :]
         octets.release()
@@ -80,21 +113,11 @@ class Journal:
     def begin(self, identity: bytes, index: int) -> None:
         """Make it a new ring's, in a zeroed buffer. index: where the ring stands, 0 for one just made."""
         self.taken[0] = COUNT_BASE + index
-        # The magic comes last: what bears it is whole.
-        _HEADER.pack_into(self._head, 0, bytes(8), VERSION, self.slot_size, self.entries, identity)
-        self._head[: len(MAGIC)] = MAGIC
+        self._head.begin(identity)
 
     def check(self, identity: bytes) -> None:
         """JournalError unless it was begun for this very ring."""
-        magic, version, slot_size, entries, whose = _HEADER.unpack_from(self._head)
-        if magic != MAGIC or version != VERSION:
-            raise JournalError(f"no journal of version {VERSION}: it begins with {magic!r}, {version}")
-        if (slot_size, entries) != (self.slot_size, self.entries):
-            raise JournalError(
-                f"it is for {entries} slots of {slot_size} bytes, not {self.entries} of {self.slot_size}"
-            )
-        if whose != identity:
-            raise JournalError("it is another connection's")
+        self._head.check(identity)
 
     def slot(self, entry: int) -> bytes:
         return bytes(self.raw[entry * self.slot_size : (entry + 1) * self.slot_size])

@@ -228,14 +228,6 @@ class BackRing(SharedRing):
         """The slot from `response_offset()` is filled. The peer sees it after `push_responses()`."""
         self.rsp_prod_pvt = (self.rsp_prod_pvt + 1) & MASK
 
-    def claim_response(self) -> int:
-        """`response_offset` and `commit_response` in one: fill the slot before `push_responses`."""
-        prod = self.rsp_prod_pvt
-        if prod == self.req_cons:
-            raise UsageError("a response without a request")
-        self.rsp_prod_pvt = (prod + 1) & MASK
-        return (prod & self.slot_mask) * self.slot_size
-
     def put_response(self, data: Bytes) -> None:
         """Copy one response, at most a slot long. UsageError if every request taken is answered already."""
         if len(data) > self.slot_size:
@@ -251,21 +243,6 @@ class BackRing(SharedRing):
             return False
         self._published = new
         return _publish(self.words, RSP_PROD, RSP_EVENT, old, new)
-
-    def push_responses_of(self, slots: bytearray) -> bool:
-        """The same for whole slots that were put in a private copy of `slots`, at the offsets claimed.
-
-        Until here the shared slots hold their requests: a process that goes on for one that was killed while
-        it made its answers finds them. Between the copy and the index it would not, for a moment.
-        """
-        old, new = self._published, self.rsp_prod_pvt
-        count, step = (new - old) & MASK, self.slot_size
-        start = (old & self.slot_mask) * step
-        end, whole = start + count * step, self.size * step
-        self.slots[start : min(end, whole)] = slots[start : min(end, whole)]
-        if end > whole:
-            self.slots[: end - whole] = slots[: end - whole]
-        return self.push_responses()
 
     def final_check_for_requests(self) -> bool:
         """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_REQUESTS). RingError."""

@@ -12,7 +12,7 @@ import random
 from contextlib import asynccontextmanager
 
 import pytest
-from tests.support.back_process import STUCK, BackProcess
+from tests.support.back_process import STUCK
 from tests.support.killed_back import KilledBack
 from tests.support.until import until
 
@@ -32,8 +32,6 @@ S = XenbusState
 class Rig(KilledBack):
     def __init__(self, tmp_path) -> None:
         super().__init__(tmp_path)
-        self.journals = tmp_path / "journals"
-        self.journals.mkdir(mode=0o700)
         self.image = tmp_path / "disk.img"
         self.image.write_bytes(random.Random(3).randbytes(SIZE))
         self.model = bytearray(self.image.read_bytes())
@@ -41,17 +39,10 @@ class Rig(KilledBack):
         self.working = False
         self.barriers = False  # behind one that hangs, others have not even begun
 
-    async def rise(self, **options) -> BackProcess:
-        return await super().rise(**{"journals": self.journals, **options})
-
     async def plug(self, target: str | None = None) -> None:
         await self.add(DiskSpec(1, target or str(self.image)).device())
         self.disk = self.bus.devices["device/vbd/51712"].driver.disk
         await self.disk.connected(5)
-
-    async def unplug(self) -> None:
-        await super().unplug()
-        assert list(self.journals.iterdir()) == []
 
     async def states(self) -> tuple[int, int]:
         paths = self.spec.paths

@@ -17,6 +17,7 @@ from xenbus.bus.journals import JournalBusy
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.storage.schemes.file import FileStorage
 from xenbus.drivers.block.xbbd_queue import QueueLink, _locked
+from xenbus.ring.journal import Journal
 from xenbus.ring.shared import RingError
 
 S = XenbusState
@@ -151,26 +152,12 @@ async def connected_raw(journals, image, front=RawFront):
         yield r
 
 
-async def leave(r):
-    """This process's end, states as they are. What could not end, by node."""
-    failures = await r.dom0.back.release()
-    await r.dom0.front.detach()
-    await r.dom0.store.close()
-    return failures
-
-
-async def inherit(r, journals):
-    """Another process of the same domain."""
-    r.dom0 = await r.world.guest(0, replace(SETTINGS, journals=journals), inherits=True)
-    await r.dom0.attach()
-
-
 def test_a_front_that_began_anew_meanwhile_is_a_new_one(journals, image):
     async def main():
         async with connected_raw(journals, image) as r:
-            await leave(r)
+            await r.leave()
             await r.front_dev.set_state(S.INITIALISING)
-            await inherit(r, journals)
+            await r.inherit(replace(SETTINGS, journals=journals))
             await until(lambda: r.front_dev.state is r.back_dev.state is S.CONNECTED)
             assert said(r.back, "journal") == "kept" and await r.error_of(r.bnode) == ""
             r.front.put(blkif.Op.READ, 1, 0, r.front.word(0))
@@ -183,10 +170,10 @@ def test_a_front_that_began_anew_meanwhile_is_a_new_one(journals, image):
 def test_a_front_that_has_asked_for_nothing_needs_no_journal(journals, image):
     async def main():
         async with connected_raw(journals, image) as r:
-            await leave(r)
+            await r.leave()
             (journals / NAME).unlink()
             await r.front_dev.set_state(S.INITIALISED)
-            await inherit(r, journals)
+            await r.inherit(replace(SETTINGS, journals=journals))
             await until(lambda: said(r.back, "journal") == "kept")
             await until(lambda: r.front_dev.state is r.back_dev.state is S.CONNECTED)
             assert await r.error_of(r.bnode) == ""
@@ -217,12 +204,12 @@ def test_requests_of_every_layout_are_done_again(journals, image, monkeypatch, a
                 r.front.put(blkif.Op.READ, 7, 64, r.front.word(9))
                 r.front.push()
                 assert await r.front.answered(1) == [(7, 0, 0)]
-                [failure] = (await leave(r)).values()
+                [failure] = (await r.leave()).values()
                 assert "in flight" in str(failure)
             with pytest.raises(JournalBusy):  # for as long as the process lives whose writes may come
-                journals_.resume(journals, "backend/vbd/1/51712", 0, bytes(32), 32 << order, abi.request_size)
+                journals_.resume(journals, "backend/vbd/1/51712", "q0", journals_.Layout(0, Journal), b"")
             _locked.pop().close()
-            await inherit(r, journals)
+            await r.inherit(replace(SETTINGS, journals=journals))
             assert sorted(await r.front.answered(4)) == [(7, 0, 0), (100, 1, 0), (101, 1, 0), (102, 1, 0)]
             assert said(r.back, "requests_again") == 3
             r.front.put(blkif.Op.READ, 8, 8, r.front.word(10))
@@ -245,8 +232,8 @@ def test_a_front_that_was_answered_and_not_told_is_told(journals, image):
             r.front.put(blkif.Op.READ, 7, 64, r.front.word(9))
             r.front.push()
             await until(lambda: queue._ring._published == 1)
-            assert await leave(r) == {} and r.front.answers == []
-            await inherit(r, journals)
+            assert await r.leave() == {} and r.front.answers == []
+            await r.inherit(replace(SETTINGS, journals=journals))
             assert await r.front.answered(1) == [(7, 0, 0)]
             assert said(r.back, "requests_again") == 0
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from xenbus.bus import XenbusDevice, XenbusState, back_driver
-from xenbus.bus.journals import JournalBusy, identity
+from xenbus.bus.journals import JournalFile, Layout, identity
 from xenbus.drivers.block import blkif
 from xenbus.drivers.block.blkif import Op
 from xenbus.drivers.block.storage import Storage, open_storage
@@ -19,29 +19,25 @@ from xenbus.drivers.block.xbbd_copy import copies_for
 from xenbus.drivers.block.xbbd_front import HEAD, Parameters, Shape
 from xenbus.drivers.block.xbbd_grants import Grants
 from xenbus.drivers.block.xbbd_io import READ, WRITE, BackQueue
-from xenbus.drivers.block.xbbd_journal import Journals
 from xenbus.drivers.block.xbbd_options import (
     MAX_INDIRECT_SEGMENTS,
     MAX_RING_PAGE_ORDER,
     OPTIONS,
     Options,
 )
-from xenbus.drivers.block.xbbd_queue import QueueLink
+from xenbus.drivers.block.xbbd_queue import OpenJournal, QueueLink
 from xenbus.drivers.block.xbbd_transfer import Counters
 from xenbus.drivers.halves import BackEnd
+from xenbus.drivers.journals import Journals
 from xenbus.drivers.nodes import number
-from xenbus.errors import DeadlineError, HypervisorError, UsageError, XenbusError
-from xenbus.newbus import NoMatch
-from xenbus.ring.journal import JournalError
+from xenbus.errors import DeadlineError, UsageError
+from xenbus.ring.journal import Journal, JournalError, journal_size
 from xenbus.ring.shared import BackRing
 
 # Seconds for the disk to end what it is at when the front goes.
 DRAIN_TIMEOUT = 3.0
 # Where Linux's xen-blkback is loaded every `backend/vbd` is its own; xbbd beside it serves `backend/xbbd`.
 OWN_TYPE = "xbbd"
-# Seconds for a process that we go on for to be gone: its journals unlocked, and then its ports unbound.
-BUSY_TIMEOUT = 10.0
-PORT_TIMEOUT = 1.0
 T = TypeVar("T")
 
 # Where a front that was connected may stand, with requests in its rings.
@@ -81,15 +77,6 @@ class Xbbd(BackEnd[Parameters]):
 
     # -- callbacks of the bus
 
-    async def attach(self) -> None:
-        await self._read_options()
-        await super().attach()
-
-    async def recover(self) -> None:
-        """Goes on with the rings, and the requests in them, of a process that was killed."""
-        await self._read_options()
-        await super().recover()
-
     @property
     def _left_linked(self) -> bool:
         return self.dev.state is not XenbusState.CLOSED and self.dev.otherend_state in _HAS_RING
@@ -98,9 +85,6 @@ class Xbbd(BackEnd[Parameters]):
         """A journal that does not fit makes it impossible, above all."""
         try:
             await super()._resume()
-        except JournalBusy as busy:
-            self.dev.log.error("left alone: %s", busy)
-            raise NoMatch(str(busy)) from None
         except JournalError:
             if self.dev.otherend_state is not XenbusState.INITIALISED:
                 raise
@@ -214,11 +198,6 @@ class Xbbd(BackEnd[Parameters]):
             link.start()
             link.kick_front()
 
-    def _patience(self, error: XenbusError) -> float:
-        if isinstance(error, JournalBusy):
-            return BUSY_TIMEOUT
-        return PORT_TIMEOUT if isinstance(error, HypervisorError) else 0.0
-
     async def _check_same_disk(self, storage: Storage) -> None:
         """UsageError if the front was told of another disk than this one."""
         now = self._properties(storage)
@@ -259,19 +238,26 @@ class Xbbd(BackEnd[Parameters]):
 
         self._links = [QueueLink(dev, keys) for keys in front.queues]
         for n, link in enumerate(self._links):
-            whose = identity(
-                dev.node,
-                dev.otherend_id,
-                dev.otherend_path,
-                n,
-                len(self._links),
-                front.abi.name,
-                *link.keys.refs,
-                link.keys.port,
+            await link.build(front.abi, serve, self._opener(storage, front, n, resumes=resumes))
+
+    def _opener(self, storage: Storage, front: Parameters, queue: int, *, resumes: bool) -> OpenJournal:
+        """How that queue gets its journal."""
+        dev, keys, size = self.dev, front.queues[queue], front.abi.request_size
+        where = (dev.node, dev.otherend_id, dev.otherend_path, queue, len(front.queues))
+        whose = identity(*where, front.abi.name, *keys.refs, keys.port)
+        why_not = "" if storage.outlives else f"{storage.target} does not outlive this process"
+
+        def open_journal(entries: int, index: int) -> JournalFile[Journal] | None:
+            return self._journals.open(
+                f"q{queue}",
+                Layout(journal_size(entries, size), lambda view: Journal(view, entries, size)),
+                whose,
+                lambda journal: journal.begin(whose, index),
+                resumes=resumes,
+                why_not=why_not,
             )
-            size = front.abi.request_size
-            open_journal = self._journals.opener(storage, n, whose, size, resumes=resumes)
-            await link.build(front.abi, serve, open_journal)
+
+        return open_journal
 
     @staticmethod
     def _properties(storage: Storage) -> dict[str, int]:

@@ -13,14 +13,14 @@ from xenbus.drivers.block.blkif import Abi
 from xenbus.drivers.block.xbbd_front import QueueKeys
 from xenbus.drivers.block.xbbd_io import BackQueue
 from xenbus.hypervisor.interface import Channel, Mapping
-from xenbus.ring.journal import JournalledRing
+from xenbus.ring.journal import Journal, JournalledRing
 from xenbus.ring.shared import BackRing
 
 # A new journal, or the one that a former process left, for a ring of so many slots that stands at that index.
-OpenJournal = Callable[[int, int], JournalFile | None]
+OpenJournal = Callable[[int, int], JournalFile[Journal] | None]
 
 # Journals of rings that were left with requests that did not end: locked until this process has.
-_locked: list[JournalFile] = []
+_locked: list[JournalFile[Journal]] = []
 
 
 class QueueLink:
@@ -37,7 +37,7 @@ class QueueLink:
         self.queue: BackQueue | None = None
         self._mapping: Mapping | None = None
         self._channel: Channel | None = None
-        self._journal: JournalFile | None = None
+        self._journal: JournalFile[Journal] | None = None
         self.again = 0
 
     @property
@@ -50,13 +50,13 @@ class QueueLink:
         return self.queue.inflight if self.queue is not None else 0
 
     async def build(
-        self, abi: Abi, serve: Callable[[BackRing], BackQueue], open_journal: OpenJournal | None = None
+        self, abi: Abi, serve: Callable[[BackRing], BackQueue], open_journal: OpenJournal
     ) -> None:
         """Map the ring, make its queue, bind the port. HypervisorError, RingError, JournalError; `give_back`
         all the same. serve: makes the queue of a ring"""
         self._mapping = await self._dev.map_ring(self.keys.refs)
         ring = BackRing(self._mapping.view, abi.request_size)
-        if open_journal is not None and (journal := open_journal(ring.size, ring.req_cons)) is not None:
+        if (journal := open_journal(ring.size, ring.req_cons)) is not None:
             self._journal = journal
             ring.release()
             ring = JournalledRing(self._mapping.view, abi.request_size, journal.journal, abi.id_at)

@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from xenbus.bus import DeviceGone, XenbusDevice, XenbusState, back_driver
-from xenbus.drivers.halves import BackEnd
+from xenbus.bus.journals import JournalFile, identity
+from xenbus.drivers.halves import PORT_TIMEOUT, BackEnd
+from xenbus.drivers.journals import Journals
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.counters import Counters
 from xenbus.drivers.net.netif import MULTICAST_KEY
 from xenbus.drivers.net.packet import ETH_DATA_LEN, MAX_MTU, MIN_MTU
-from xenbus.drivers.net.ports import open_port
+from xenbus.drivers.net.ports import PortError, open_port
 from xenbus.drivers.net.ports.mac import mac_text, parse_mac
 from xenbus.drivers.net.xnb_front import HEAD, Parameters, Shape
+from xenbus.drivers.net.xnb_journal import NetJournal
+from xenbus.drivers.net.xnb_multicast import MulticastFilter
 from xenbus.drivers.net.xnb_options import OPTIONS, Options
 from xenbus.drivers.net.xnb_queue import QueueLink
-from xenbus.drivers.net.xnb_rx import MulticastFilter
 from xenbus.drivers.nodes import number32
 from xenbus.errors import LinkDown, StoreError, UsageError, XenbusError
 from xenbus.xenstore.client import Watch
@@ -66,6 +69,8 @@ class Xnb(BackEnd[Parameters]):
         self._scripted = False
         self._options = Options.of(type(self), dev.node, dict.fromkeys(o.key for o in OPTIONS))
         self._links: list[QueueLink] = []  # not empty: a front is connected, or about to be
+        self._journals = Journals(dev)
+        self._file: JournalFile[NetJournal] | None = None
         self._watch: Watch | None = None
 
     @property
@@ -79,8 +84,9 @@ class Xnb(BackEnd[Parameters]):
         return self.dev.state is self.dev.otherend_state is XenbusState.CONNECTED
 
     async def release(self) -> None:
-        """Another process goes on: what runs ends, and the front is told nothing."""
-        await self._disconnect()
+        """Another process goes on: what runs ends, the front is told nothing, and the journal stays."""
+        async with self._busy:
+            await self._give_back(keep=True)
         await self.cable.unplug(leave=True)
 
     async def localend_changed(self, path: str) -> None:
@@ -107,6 +113,7 @@ class Xnb(BackEnd[Parameters]):
             self.cable.down()
             for link in links:
                 await link.abandon()
+            self._end_journal(keep=False)
         await self.dev.set_state(XenbusState.INIT_WAIT, self._offer())
 
     def sysctl(self) -> Mapping[str, Callable[[], object]]:
@@ -116,6 +123,7 @@ class Xnb(BackEnd[Parameters]):
             "mtu": lambda: self.mtu,
             "carrier": lambda: int(cable.connected and cable.carrier),
             "queues": lambda: len(self._links),
+            "journal": lambda: self._journals.state,
             "multicast_control": lambda: int(self.multicast.on),
             "multicast_groups": lambda: len(self.multicast.groups),
             **cable.leaves(),
@@ -123,14 +131,16 @@ class Xnb(BackEnd[Parameters]):
 
     # -- what the toolstack's nodes name
 
+    async def _read_options(self) -> None:
+        keys = [option.key for option in OPTIONS]
+        said = await self.dev.gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys))
+        self._options = Options.of(type(self), self.dev.node, said)
+
     async def _open(self) -> None:
-        """The options, and the port, once. UsageError for what makes no sense, PortError."""
+        """The port, once. UsageError for what makes no sense, PortError."""
         dev = self.dev
         if self.cable.port is not None:
             return
-        keys = [option.key for option in OPTIONS]
-        said = await dev.gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys))
-        self._options = Options.of(type(self), dev.node, said)
         texts = ("mac", "script", "vifname", "handle", "rate", netif.PORT_KEY)
         said = await dev.gather(
             {**dict.fromkeys(texts, bytes.decode), "mtu": number32},
@@ -199,7 +209,7 @@ class Xnb(BackEnd[Parameters]):
                 dev.log.warning("its multicast filter stays as it is now: %s", error)
 
     async def _resumed(self) -> None:
-        """Packets on their way may be lost or come twice, as on any wire, and the front sees a pause."""
+        """Packets on their way may be lost, as on any wire, and the front sees a pause."""
         await self._start()
         for link in self._links:
             link.kick_front()
@@ -209,25 +219,44 @@ class Xnb(BackEnd[Parameters]):
         dev = self.dev
         said = await dev.otherend_gather(dict.fromkeys(HEAD, bytes), dict.fromkeys(HEAD))
         shape = Shape.of(dev.otherend_path, said, self._options.max_queues)
-        self.multicast.on = bool(self._options.multicast_control) and said[MULTICAST_KEY] == b"1"
         keys = shape.keys()
         return shape.parameters(await dev.otherend_gather(dict.fromkeys(keys, bytes), dict.fromkeys(keys)))
 
     async def _build(self, front: Parameters, *, resumes: bool = False) -> None:
         dev = self.dev
         dev.features = offers.agree(self._options, dict(front.takes))
+        # Before the port: a process that lives has both.
+        journal = self._open_journal(front, resumes=resumes)
+        await self._open()
+        self.multicast.keep(journal.groups)
+        self.multicast.on = bool(self._options.multicast_control) and front.multicast
         takes = offers.link_of(dev.features, self.mtu, self.mac)
-        self.cable.notified = front.rx_notify
-        self._links = [QueueLink(dev, keys) for keys in front.queues]
+        self._links = [QueueLink(dev, *each) for each in zip(front.queues, journal.logs, strict=True)]
         for link in self._links:
             await link.build(
                 self.cable,
                 takes,
                 self.multicast,
+                resumes=resumes,
+                rx_notify=front.rx_notify,
                 on_groups=self._groups,
                 on_error=lambda what: dev.log.warning("%s", what),
                 on_fatal=self._broken,
             )
+
+    def _open_journal(self, front: Parameters, *, resumes: bool) -> NetJournal:
+        """JournalError if a former process's is to be had and there is none that fits."""
+        dev, queues = self.dev, len(front.queues)
+        whose = identity(dev.node, dev.otherend_id, dev.otherend_path, *front.queues)
+        self._file = self._journals.open(
+            "rings", NetJournal.layout(queues), whose, lambda made: made.begin(whose), resumes=resumes
+        )
+        return self._file.journal if self._file is not None else NetJournal.private(queues)
+
+    def _patience(self, error: XenbusError) -> float:
+        if isinstance(error, PortError) and error.name == "EBUSY":
+            return PORT_TIMEOUT
+        return super()._patience(error)
 
     # -- the end
 
@@ -240,9 +269,21 @@ class Xnb(BackEnd[Parameters]):
                 await self.dev.unwatch(watch)
             except XenbusError as error:
                 self.dev.log.warning("%s", error)
-        await asyncio.gather(*(link.give_back(DRAIN_TIMEOUT) for link in links))
-        self.multicast.on = False
-        self.multicast.groups.clear()
+        try:
+            await asyncio.gather(*(link.give_back(DRAIN_TIMEOUT) for link in links))
+        finally:
+            self._end_journal(keep=keep)
+
+    def _end_journal(self, *, keep: bool) -> None:
+        """keep: another process goes on with this connection"""
+        self.multicast.forget()
+        file, self._file = self._file, None
+        if file is not None and keep:
+            file.close()
+        elif file is not None:
+            file.remove()
+        if not keep:
+            self._journals.discard()
 
     # -- what the queues, the port and the front ask for
 

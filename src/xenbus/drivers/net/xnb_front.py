@@ -5,7 +5,7 @@ Pure: bytes by key in, values or PeerError out. Knows the names of netif.h; know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from xenbus.drivers.net import offers
@@ -32,11 +32,13 @@ class QueueKeys:
 
 @dataclass(slots=True, frozen=True)
 class Parameters:
-    """Of one connection. rx_notify: it kicks us when it posts pages; takes: its offer, by key, as text"""
+    """Of one connection. rx_notify: it kicks us when it posts pages; takes: its offer, by key, as text;
+    multicast: whether its filter was on, which it may switch in the middle"""
 
     queues: tuple[QueueKeys, ...]
     rx_notify: bool
     takes: tuple[tuple[str, str | None], ...]
+    multicast: bool = field(compare=False)
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,6 +49,7 @@ class Shape:
     queues: int
     rx_notify: bool
     takes: tuple[tuple[str, str | None], ...]
+    multicast: bool
 
     @classmethod
     def of(cls, path: str, said: Said, max_queues: int) -> Shape:
@@ -57,7 +60,8 @@ class Shape:
         if not number_of(path, RX_COPY_KEY, said, 0):
             raise PeerError(f"{path}/{RX_COPY_KEY} is not 1: page flipping is not served")
         takes = tuple([(key, text(raw) if (raw := said[key]) is not None else None) for key in offers.KEYS])
-        return cls(path, queues, bool(number_of(path, RX_NOTIFY, said, 0)), takes)
+        rx_notify = bool(number_of(path, RX_NOTIFY, said, 0))
+        return cls(path, queues, rx_notify, takes, said[MULTICAST_KEY] == b"1")
 
     def keys(self) -> list[str]:
         """What `parameters` must be given."""
@@ -75,4 +79,4 @@ class Shape:
             names = _SPLIT if all(said[folder + name] is not None for name in _SPLIT) else (_ONE,)
             found = tuple([ports.take(said, folder + name) for name in names])
             queues.append(QueueKeys(tx_ref, rx_ref, found))
-        return Parameters(tuple(queues), self.rx_notify, self.takes)
+        return Parameters(tuple(queues), self.rx_notify, self.takes, self.multicast)

@@ -13,22 +13,27 @@ from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.netif import RX_SLOT_SIZE, TX_SLOT_SIZE
 from xenbus.drivers.net.packet import Link
 from xenbus.drivers.net.xnb_front import QueueKeys
+from xenbus.drivers.net.xnb_multicast import MulticastFilter
 from xenbus.drivers.net.xnb_pages import Pages, pages_for
-from xenbus.drivers.net.xnb_rx import MulticastFilter, RxQueue
+from xenbus.drivers.net.xnb_rx import RxQueue
 from xenbus.drivers.net.xnb_tx import TxQueue
 from xenbus.errors import PeerError
 from xenbus.hypervisor.interface import Channel, Mapping
-from xenbus.ring.shared import BackRing
+from xenbus.ring.answers import AnswerLog, AnswerRing
 
 
 class QueueLink:
-    """The connection to one queue of a front: `build`, `start`, and `give_back` whatever came of them."""
+    """The connection to one queue of a front: `build`, `start`, and `give_back` whatever came of them.
 
-    def __init__(self, dev: XenbusDevice, keys: QueueKeys) -> None:
+    logs: for the answers on its transmit and its receive ring; not to be released before `give_back`
+    """
+
+    def __init__(self, dev: XenbusDevice, keys: QueueKeys, logs: tuple[AnswerLog, AnswerLog]) -> None:
         self._dev = dev
         self._keys = keys
+        self._logs = logs
         self._mappings: list[Mapping] = []
-        self._rings: list[BackRing] = []
+        self._rings: list[AnswerRing] = []
         self._pages: list[Pages] = []
         self._channels: list[Channel] = []
         self.tx: TxQueue | None = None
@@ -40,16 +45,22 @@ class QueueLink:
         link: Link,
         multicast: MulticastFilter,
         *,
+        resumes: bool,
+        rx_notify: bool,
         on_groups: Callable[[Sequence[tuple[bool, bytes]]], bool],
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
     ) -> RxQueue:
-        """HypervisorError, RingError; `give_back` all the same. link: what the guest takes"""
+        """HypervisorError, RingError, JournalError; `give_back` all the same.
+
+        link: what the guest takes; resumes: what the logs say of these rings goes on
+        """
         dev, keys = self._dev, self._keys
-        for ref, size in ((keys.tx_ref, TX_SLOT_SIZE), (keys.rx_ref, RX_SLOT_SIZE)):
+        slots = ((keys.tx_ref, TX_SLOT_SIZE), (keys.rx_ref, RX_SLOT_SIZE))
+        for (ref, size), log in zip(slots, self._logs, strict=True):
             mapping = await dev.map_ring((ref,))
             self._mappings.append(mapping)
-            ring = BackRing(mapping.view, size)
+            ring = AnswerRing(mapping.view, size, log, resumes=resumes)
             self._rings.append(ring)
             ring.unconsumed_requests()  # RingError now rather than in the first kick
         for writable in (False, True):
@@ -70,6 +81,7 @@ class QueueLink:
             cable,
             link,
             multicast,
+            kicked=rx_notify,
             spawn=dev.spawn,
             on_fatal=on_fatal,
         )

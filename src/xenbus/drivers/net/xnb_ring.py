@@ -14,7 +14,7 @@ from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.xnb_pages import Pages
 from xenbus.errors import PeerError
 from xenbus.hypervisor.interface import Channel
-from xenbus.ring.shared import BackRing
+from xenbus.ring.answers import AnswerRing
 
 
 class GuestRing:
@@ -24,7 +24,7 @@ class GuestRing:
 
     def __init__(
         self,
-        ring: BackRing,
+        ring: AnswerRing,
         pages: Pages,
         cable: Cable,
         *,

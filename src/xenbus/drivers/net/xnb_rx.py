@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any
 
 from xenbus.drivers.net import netif
 from xenbus.drivers.net.cable import Cable, unfit
 from xenbus.drivers.net.netif import (
-    BROADCAST,
     EXTRA_SIZE,
     NETIF_RSP_ERROR,
     PAGE_SIZE,
@@ -23,67 +22,43 @@ from xenbus.drivers.net.netif import (
     RX_MORE_DATA,
     RX_REQUEST,
     RX_RESPONSE,
+    RX_SLOT_SIZE,
 )
 from xenbus.drivers.net.packet import ETH_HLEN, Gso, Link, Packet
+from xenbus.drivers.net.xnb_multicast import MulticastFilter
 from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece, Posted
 from xenbus.drivers.net.xnb_ring import GuestRing
 from xenbus.errors import PeerError
-from xenbus.ring.shared import BackRing
+from xenbus.ring.answers import AnswerRing
 
 # For each slot its (id, flags, size); of extra info (-1, Gso, gso_size).
 _Answer = tuple[tuple[int, int, int], ...]
-# Groups that a guest may ask for (netback's XEN_NETBK_MCAST_MAX).
-GROUPS_MAX: Final = 64
-
-
-class MulticastFilter:
-    """Of one guest, for all its queues. on: whether it applies"""
-
-    __slots__ = ("groups", "on")
-
-    def __init__(self) -> None:
-        self.on = False
-        self.groups: set[bytes] = set()
-
-    def change(self, add: bool, address: bytes) -> bool:
-        """False: there are as many as may be."""
-        if not add:
-            self.groups.discard(address)
-        elif len(self.groups) < GROUPS_MAX or address in self.groups:
-            self.groups.add(address)
-        else:
-            return False
-        return True
-
-    def wants(self, frame: Buffer) -> bool:
-        if not self.on or not frame[0] & 1:
-            return True
-        address = bytes(frame[:6])
-        return address == BROADCAST or address in self.groups
 
 
 class RxQueue(GuestRing):
     """A Lane.
 
-    link: what the guest takes
+    link:   what the guest takes
+    kicked: whether the guest says so when it posts pages (feature-rx-notify); if not, nothing can wait
     """
 
     def __init__(
         self,
-        ring: BackRing,
+        ring: AnswerRing,
         pages: Pages,
         cable: Cable,
         link: Link,
         multicast: MulticastFilter,
         *,
+        kicked: bool,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_fatal: Callable[[PeerError], None],
     ) -> None:
         super().__init__(ring, pages, cable, spawn=spawn, on_fatal=on_fatal)
-        self._answers = bytearray(len(ring.slots))  # as the ring will have them
         self._link = link
         self._longest = min(PAGE_SIZE, link.mtu + 18)
         self._multicast = multicast
+        self._kicked = kicked
         self._posted: deque[tuple[int, int]] = deque()  # (id, gref) of requests that may be used
         self._coming: Sequence[tuple[int, int]] = ()  # of those whose pages are being mapped
         self._short = 0  # slots that there was no room for
@@ -208,7 +183,8 @@ class RxQueue(GuestRing):
             taken += 1
         self._finish_plain(plain)
         self._push()
-        if taken < len(packets) and self._over:
+        if taken < len(packets) and (not self._kicked or self._over):
+            # netif.h: who does not announce feature-rx-notify may never say that there is room again.
             counters.tx_dropped += len(packets) - taken
             self._short = 0
             return len(packets)
@@ -239,20 +215,21 @@ class RxQueue(GuestRing):
 
     def _finish(self, out: Sequence[tuple[Sequence[Piece], Buffer]], answers: Sequence[_Answer]) -> None:
         """Copy, answer."""
-        ring, counters, pack, slots = self._ring, self._counters, RX_RESPONSE.pack_into, self._answers
-        sent = octets = 0
+        ring, counters, pack = self._ring, self._counters, RX_RESPONSE.pack_into
+        slots, sent, octets = ring.answers, 0, 0
         for (_, data), done, answer in zip(out, self._pages.store(out), answers, strict=True):
             if done:
                 sent += 1
                 octets += len(data)
             else:
                 counters.bad_tx("copy", "a page that the guest posted may not be written")
+            at = ring.claim_answers(len(answer))
             for ident, flags, size in answer:
-                at = ring.claim_response()
                 if ident < 0:
                     slots[at : at + EXTRA_SIZE] = netif.gso_extra(Gso(flags), size)
                 else:
                     pack(slots, at, ident, 0, flags, size if done else NETIF_RSP_ERROR)
+                at += RX_SLOT_SIZE
         counters.tx_packets += sent
         counters.tx_bytes += octets
 
@@ -266,13 +243,15 @@ class RxQueue(GuestRing):
                 [((ident, flags, size),) for _, ident, flags, size, _ in packets],
             )
             return
-        ring, pack, slots, octets = self._ring, RX_RESPONSE.pack_into, self._answers, 0
+        ring, pack, octets = self._ring, RX_RESPONSE.pack_into, 0
+        answers, at = ring.answers, ring.claim_answers(len(packets))
         for _, ident, flags, size, _ in packets:
-            pack(slots, ring.claim_response(), ident, 0, flags, size)
+            pack(answers, at, ident, 0, flags, size)
+            at += RX_SLOT_SIZE
             octets += size
         self._counters.tx_packets += len(packets)
         self._counters.tx_bytes += octets
 
     def _push(self) -> None:
-        if self._ring.push_responses_of(self._answers) and self._channel is not None:
+        if self._ring.push_responses() and self._channel is not None:
             self._channel.notify()

@@ -21,6 +21,7 @@ from xenbus.drivers.net.netif import (
     TX_DATA_VALIDATED,
     TX_REQUEST,
     TX_RESPONSE,
+    TX_SLOT_SIZE,
     BadPacket,
 )
 from xenbus.drivers.net.packet import ETH_HLEN, Packet
@@ -28,12 +29,16 @@ from xenbus.drivers.net.xnb_chain import EXTRA, Chain, split
 from xenbus.drivers.net.xnb_pages import Buffer, Pages
 from xenbus.drivers.net.xnb_ring import GuestRing
 from xenbus.errors import PeerError
+from xenbus.ring.answers import AnswerRing
 from xenbus.ring.lookout import Lookout
-from xenbus.ring.shared import REQ_PROD, BackRing
+from xenbus.ring.shared import REQ_PROD
 
 # Slots taken at a time, and served in one wake-up before the loop gets its turn: a flood starves nobody.
 BATCH: Final = 64
 WORK_PER_WAKEUP: Final = 256
+# Of a transmit request, in 16 bits each: gref (2), offset, flags, id, size. Of a response: id, status.
+_ID_COLUMN: Final = 4
+_OKAY: Final = memoryview(bytes(2 * BATCH)).cast("H")
 
 
 class TxQueue(GuestRing):
@@ -43,7 +48,7 @@ class TxQueue(GuestRing):
 
     def __init__(
         self,
-        ring: BackRing,
+        ring: AnswerRing,
         pages: Pages,
         cable: Cable,
         *,
@@ -119,19 +124,17 @@ class TxQueue(GuestRing):
         if fetched is None:
             return False
         packets: list[Packet] = []
-        ring, pack, octets = self._ring, TX_RESPONSE.pack_into, 0
-        for data, (_, _, flags, ident, size) in zip(fetched, requests, strict=True):
+        octets = 0
+        for data, (_, _, flags, _, size) in zip(fetched, requests, strict=True):
             packets.append(
                 Packet(data, flags & TX_CSUM_BLANK != 0, flags & TX_DATA_VALIDATED != 0)
                 if flags
                 else Packet(data)
             )
             octets += size
-            pack(ring.slots, ring.claim_response(), ident, NETIF_RSP_OKAY)
         self._counters.rx_packets += len(packets)
         self._counters.rx_bytes += octets
-        if ring.push_responses() and self._channel is not None:
-            self._channel.notify()
+        self._answer_plain(slots)
         self._cable.deliver(packets)
         return True
 
@@ -190,6 +193,17 @@ class TxQueue(GuestRing):
 
     # -- answers
 
+    def _answer_plain(self, slots: bytes) -> None:
+        """All of them NETIF_RSP_OKAY: ids and zeros, a column each."""
+        ring, columns = self._ring, TX_SLOT_SIZE >> 1
+        count = len(slots) // TX_SLOT_SIZE
+        begin = ring.claim_answers(count) >> 1
+        end = begin + count * columns
+        halves = ring.halves
+        halves[begin:end:columns] = memoryview(slots).cast("H")[_ID_COLUMN::columns]
+        halves[begin + 1 : end : columns] = _OKAY[:count]
+        self._push()
+
     def _answer(self, chains: Sequence[Chain]) -> None:
         ring, pack = self._ring, TX_RESPONSE.pack_into
         for chain in chains:
@@ -200,11 +214,15 @@ class TxQueue(GuestRing):
                 self._on_error(str(chain.wrong))
             elif chain.groups and not self._on_groups(chain.groups):
                 status = NETIF_RSP_ERROR  # as netback
+            at = ring.claim_answers(len(chain.idents))
             for ident in chain.idents:
-                at = ring.claim_response()
                 if ident == EXTRA:
-                    pack(ring.slots, at, 0, NETIF_RSP_NULL)
+                    pack(ring.answers, at, 0, NETIF_RSP_NULL)
                 else:
-                    pack(ring.slots, at, ident, status)
-        if ring.push_responses() and self._channel is not None:
+                    pack(ring.answers, at, ident, status)
+                at += TX_SLOT_SIZE
+        self._push()
+
+    def _push(self) -> None:
+        if self._ring.push_responses() and self._channel is not None:
             self._channel.notify()
