@@ -16,6 +16,7 @@ from tests.support.vif import SETTINGS, frame, rig
 
 from xenbus.bus import XenbusState
 from xenbus.drivers.net import Xn
+from xenbus.drivers.net.ports import PortError, open_port
 from xenbus.drivers.net.xnb_journal import NetJournal
 from xenbus.ring.answers import AnswerRing
 
@@ -112,6 +113,44 @@ def test_the_next_process_goes_on(kept):
             assert seen == []
             await r.gone()
             assert names(kept) == []
+
+    asyncio.run(main())
+
+
+def test_a_port_that_a_dying_process_still_has_is_waited_for(kept, monkeypatch):
+    """The kernel closes what that one had open in no order that we know."""
+    opened = []
+
+    async def busy(target):
+        opened.append(target)
+        if len(opened) < 3:
+            raise PortError("EBUSY", target, "it is open elsewhere")
+        return await open_port(target)
+
+    async def main():
+        async with connected(kept) as r:
+            await r.leave()
+            monkeypatch.setattr("xenbus.drivers.net.xnb.open_port", busy)
+            await r.inherit(kept)
+            await works(r)
+            assert len(opened) == 3 and await r.error_of(r.bnode) == ""
+            await r.gone()
+
+    asyncio.run(main())
+
+
+def test_a_driver_domain_that_comes_back_elsewhere_begins_anew(kept):
+    """A real resume: the rings of the old life are nobody's, and so is their journal."""
+
+    async def main():
+        async with connected(kept) as r:
+            before = (kept.journals / NAME).read_bytes()
+            seen = []
+            r.dom0.back.observe(lambda dev, what: seen.append((dev.state, names(kept))))
+            await r.back.resume(cancelled=False)
+            assert seen[0] == (S.INIT_WAIT, [])
+            await works(r)
+            assert (kept.journals / NAME).read_bytes() != before
 
     asyncio.run(main())
 
