@@ -21,6 +21,7 @@ from xenbus.drivers.net.netif import (
     TX_EXTRA_INFO,
     TX_MORE_DATA,
 )
+from xenbus.drivers.net.xnb_tx import BATCH, WORK_PER_WAKEUP
 from xenbus.ring.shared import REQ_PROD
 
 S = XenbusState
@@ -435,6 +436,39 @@ def test_a_flood_does_not_starve_the_loop_or_another_guest():
             flood.flooding = False
 
     asyncio.run(run())
+
+
+def test_a_guest_that_refills_while_it_is_served_does_not_keep_the_loop():
+    """Another CPU puts as fast as we take: after some hundred slots the loop has its turn."""
+
+    async def check(r, front):
+        await still_serves(r, front)  # its pages are known from here on
+        loop, taken, turns = asyncio.get_running_loop(), 0, [0]
+        real = r.far.send
+
+        def send(packets):
+            nonlocal taken
+            taken += len(packets)
+            turns[-1] += len(packets)
+            front.kicked()
+            while taken < 5000 and front.tx.free():
+                front.put(60)
+            front.tx.push_requests()
+            return real(packets)
+
+        def turn():
+            turns.append(0)
+            if taken < 5000:
+                loop.call_soon(turn)
+
+        r.far.send = send
+        front.put(60)
+        loop.call_soon(turn)
+        front.push()
+        await until(lambda: taken >= 5000)
+        assert max(turns) <= WORK_PER_WAKEUP + BATCH
+
+    with_raw_front(check)
 
 
 @pytest.mark.parametrize("size", [1, 4])
