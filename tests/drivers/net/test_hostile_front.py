@@ -13,7 +13,7 @@ from tests.support.until import until
 from tests.support.vif import frame, rig
 
 from xenbus.bus import XenbusState
-from xenbus.drivers.net import Gso, Packet, Xn, Xnb, frames, netif, xnb_pages
+from xenbus.drivers.net import Gso, Packet, Xn, Xnb, cable, frames, netif, xnb_pages
 from xenbus.drivers.net.netif import (
     NETIF_RSP_ERROR,
     NETIF_RSP_NULL,
@@ -341,17 +341,49 @@ def test_pages_that_are_let_go_of_for_new_ones_are_not_used_meanwhile(monkeypatc
     with_raw_front(check)
 
 
-def test_without_rx_notify_nothing_waits():
+SILENT = lying(lies={"feature-rx-notify": None})
+
+
+def test_without_rx_notify_packets_wait_for_a_moment_only():
+    """It may never say that there is room: what waits is dropped soon; what it posts is found."""
+
     async def check(r, front):
         front.post(0)
         front.push()
         await until(lambda: r.back._links[0].rx._posted)
-        assert r.far.put_many([Packet(frame(60))] * 3) == 3
-        assert r.back.counters.tx_dropped == 2
-        await until(lambda: front.received)
+        await r.far.put(frame(60))
+        await r.far.put(frame(61))  # once the first wait is over
+        await until(lambda: r.back.counters.tx_dropped == 1)
+        assert r.back.counters.tx_stalls == 1 and r.back.cable.waiting == 0
+        for size in (62, 63):
+            front.post(0)
+            front.rx.push_requests()  # and no kick
+            await r.far.put(frame(size))
+        await until(lambda: len(front.received) == 3)
+        assert [size for *_, size in front.received] == [60, 62, 63]
         await still_serves(r, front)
 
-    with_raw_front(check, front=lying(lies={"feature-rx-notify": None}))
+    with_raw_front(check, front=SILENT)
+
+
+def test_without_rx_notify_a_front_that_kicks_loses_nothing(monkeypatch):
+    """As mini-os's does."""
+    monkeypatch.setattr(cable, "STALL_SILENT", 5.0)
+
+    async def check(r, front):
+        task = asyncio.ensure_future(transfer(r))
+        for n in range(20):
+            front.post(n)
+            front.push()
+            await until(lambda n=n: len(front.received) == n + 1)
+        await task
+        assert not r.back.counters.tx_dropped
+
+    async def transfer(r):
+        for n in range(20):
+            await r.far.put(frame(60 + n))
+
+    with_raw_front(check, front=SILENT)
 
 
 def test_a_front_without_sg_gets_no_chains():

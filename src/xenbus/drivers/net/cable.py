@@ -20,6 +20,8 @@ from xenbus.drivers.net.packet import ALL, ETH_DATA_LEN, ETH_HLEN, VLAN_HLEN, Gs
 STALL: Final = 10.0
 # The same where other rings' packets wait behind it.
 STALL_SHARED: Final = 0.25
+# The same for a peer that may never say that there is room again (netif.h, feature-rx-notify; as netback).
+STALL_SILENT: Final = 0.03
 # Packets that are spread over several rings at a time: as many may have to wait here for one of those.
 PORTION: Final = 64
 
@@ -50,6 +52,7 @@ class Cable:
     ) -> None:
         self.counters = counters
         self.stall, self.stall_shared = STALL, STALL_SHARED
+        self.notified = True  # whether our peer says so when it gives room
         self._resume = resume
         self._on_link = on_link
         self._log = log
@@ -203,6 +206,8 @@ class Cable:
         self._waiting[lane] = packets
         if self._timer is None:
             seconds = self.stall_shared if len(self._lanes) > 1 else self.stall
+            if not self.notified:
+                seconds = STALL_SILENT
             self._timer = asyncio.get_running_loop().call_later(seconds, self._stall)
 
     def _no_wait(self) -> None:

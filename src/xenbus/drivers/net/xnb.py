@@ -231,6 +231,7 @@ class Xnb(BackEnd[Parameters]):
         self.multicast.keep(journal.groups)
         self.multicast.on = bool(self._options.multicast_control) and front.multicast
         takes = offers.link_of(dev.features, self.mtu, self.mac)
+        self.cable.notified = front.rx_notify
         self._links = [QueueLink(dev, *each) for each in zip(front.queues, journal.logs, strict=True)]
         for link in self._links:
             await link.build(
@@ -238,7 +239,6 @@ class Xnb(BackEnd[Parameters]):
                 takes,
                 self.multicast,
                 resumes=resumes,
-                rx_notify=front.rx_notify,
                 on_groups=self._groups,
                 on_error=lambda what: dev.log.warning("%s", what),
                 on_fatal=self._broken,

@@ -46,7 +46,6 @@ class QueueLink:
         multicast: MulticastFilter,
         *,
         resumes: bool,
-        rx_notify: bool,
         on_groups: Callable[[Sequence[tuple[bool, bytes]]], bool],
         on_error: Callable[[str], None],
         on_fatal: Callable[[PeerError], None],
@@ -81,7 +80,6 @@ class QueueLink:
             cable,
             link,
             multicast,
-            kicked=rx_notify,
             spawn=dev.spawn,
             on_fatal=on_fatal,
         )

@@ -38,8 +38,7 @@ _Answer = tuple[tuple[int, int, int], ...]
 class RxQueue(GuestRing):
     """A Lane.
 
-    link:   what the guest takes
-    kicked: whether the guest says so when it posts pages (feature-rx-notify); if not, nothing can wait
+    link: what the guest takes
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class RxQueue(GuestRing):
         link: Link,
         multicast: MulticastFilter,
         *,
-        kicked: bool,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         on_fatal: Callable[[PeerError], None],
     ) -> None:
@@ -58,7 +56,6 @@ class RxQueue(GuestRing):
         self._link = link
         self._longest = min(PAGE_SIZE, link.mtu + 18)
         self._multicast = multicast
-        self._kicked = kicked
         self._posted: deque[tuple[int, int]] = deque()  # (id, gref) of requests that may be used
         self._coming: Sequence[tuple[int, int]] = ()  # of those whose pages are being mapped
         self._short = 0  # slots that there was no room for
@@ -183,8 +180,7 @@ class RxQueue(GuestRing):
             taken += 1
         self._finish_plain(plain)
         self._push()
-        if taken < len(packets) and (not self._kicked or self._over):
-            # netif.h: who does not announce feature-rx-notify may never say that there is room again.
+        if taken < len(packets) and self._over:
             counters.tx_dropped += len(packets) - taken
             self._short = 0
             return len(packets)
