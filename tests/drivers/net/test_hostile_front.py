@@ -341,6 +341,35 @@ def test_pages_that_are_let_go_of_for_new_ones_are_not_used_meanwhile(monkeypatc
     with_raw_front(check)
 
 
+def test_frames_longer_than_the_mtu_are_refused_and_long_tcp_is_not():
+    """1500 bytes behind the header, and a VLAN's tag."""
+
+    async def check(r, front):
+        front.data.view[:5000] = (ether(ipv4(tcp(bytes(6000)), 6)))[:5000]
+        front.put(1518, ident=1)
+        front.put(1519, ident=2)
+        front.put(5000, ident=3, flags=TX_MORE_DATA)
+        front.put(904, page=1, ident=4)
+        front.put(5000, ident=5, flags=TX_MORE_DATA | TX_EXTRA_INFO | 3)
+        front.put_extra(GSO.ljust(netif.TX_SLOT_SIZE, b"\0"))
+        front.put(904, page=1, ident=6)
+        front.push()
+        bad = NETIF_RSP_ERROR
+        assert await front.answered(7) == [
+            (1, 0),
+            (2, bad),
+            (3, bad),
+            (4, bad),
+            (5, 0),
+            (0, NETIF_RSP_NULL),
+            (6, 0),
+        ]
+        assert [len((await r.far.get(5)).data) for _ in range(2)] == [1518, 5000]
+        assert r.back.counters.rx_length_errors == r.back.counters.rx_errors == 2
+
+    with_raw_front(check)
+
+
 SILENT = lying(lies={"feature-rx-notify": None})
 
 
