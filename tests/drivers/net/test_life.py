@@ -361,9 +361,13 @@ def test_nodes_of_both_halves():
 
     async def check(r):
         read = r.world.tool.read_str
-        for key in ("sg", "gso-tcpv4", "gso-tcpv6", "ipv6-csum-offload", "rx-copy", "multicast-control",
-                    "dynamic-multicast-control", "split-event-channels"):  # fmt: skip
+        ours = ("sg", "gso-tcpv4", "gso-tcpv6", "ipv6-csum-offload", "rx-copy", "multicast-control",
+                "dynamic-multicast-control", "split-event-channels")  # fmt: skip
+        for key in ours:
             assert await read(f"{r.bnode}/feature-{key}") == "1"
+        # Nothing else: a front makes use of what there is (control rings, XDP's headroom).
+        offered = {key for key in await r.world.tool.directory(r.bnode) if key.startswith("feature-")}
+        assert offered == {f"feature-{key}" for key in (*ours, "rx-flip", "no-csum-offload")}
         assert await read(f"{r.bnode}/feature-rx-flip") == "0"
         assert await read(f"{r.bnode}/multi-queue-max-queues") == "4"
         for key in ("request-rx-copy", "feature-rx-notify", "feature-sg", "feature-gso-tcpv4",

@@ -440,6 +440,22 @@ def test_carrier():
     with_rig(check)
 
 
+def test_a_connection_begins_without_a_carrier_where_the_port_has_none():
+    async def check(r):
+        port, near = r.far, r.near
+        port.link = lambda link: None  # as a TAP device that somebody deleted: it says nothing more
+        port._driver.link(None)
+        await until(lambda: near.peer is None)
+        await r.world.tool.rm(f"{r.bnode}/carrier")
+        await r.world.tool.write(f"{r.bnode}/state", "5")
+        await until(lambda: r.front_dev.state is not XenbusState.CONNECTED)
+        await r.states(XenbusState.CONNECTED, XenbusState.CONNECTED)
+        assert await r.world.tool.read_str(f"{r.bnode}/carrier") == "0"
+        assert near.peer is None
+
+    with_rig(check)
+
+
 def test_closed_ports_say_so():
     async def check(r):
         near = r.near

@@ -115,11 +115,12 @@ class PcapngWriter:
             log.error("%s: the capture ends: %s", self.path, error.strerror)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Nothing is written afterwards. Idempotent."""
         try:
             self._file.close()
         except OSError as error:
             self._fail(error)
+        self._failed = True
 
 
 class CapturedPort:
