@@ -418,7 +418,7 @@ class Life:
             TxQueue(
                 rings[0], pages[0], self.cable, on_groups=self._groups, on_error=lambda what: None, **common
             ),
-            RxQueue(rings[1], pages[1], self.cable, LINK, self.multicast, kicked=True, **common),
+            RxQueue(rings[1], pages[1], self.cable, LINK, self.multicast, **common),
         )
 
     def _run(self) -> None:
