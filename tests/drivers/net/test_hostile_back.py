@@ -12,6 +12,7 @@ from tests.support.vif import frame, rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn, netif
 from xenbus.drivers.net.netif import RX_EXTRA_INFO, RX_MORE_DATA
+from xenbus.errors import HypervisorError
 from xenbus.hypervisor.limits import Limits
 from xenbus.ring.shared import RSP_PROD
 
@@ -51,10 +52,10 @@ WRONG = [
     ("extra info of no type", [(0, 0, RX_EXTRA_INFO, 60), bytes(8)], "frame"),
     (
         "extra info for a back end",
-        [(0, 0, RX_EXTRA_INFO, 60), netif.multicast_extra(b"\1" + bytes(5), add=True)],
+        [(0, 0, RX_EXTRA_INFO | 3, 60), netif.multicast_extra(b"\1" + bytes(5), add=True)],
         "frame",
     ),
-    ("GSO twice", [(0, 0, RX_EXTRA_INFO, 60), more(GSO), GSO], "frame"),
+    ("GSO twice", [(0, 0, RX_EXTRA_INFO | 3, 60), more(GSO), GSO], "frame"),
     ("GSO of no type", [(0, 0, RX_EXTRA_INFO, 60), b"\1\0\xa8\5\3\0\0\0"], "frame"),
     ("GSO of what is no TCP", [(0, 0, RX_EXTRA_INFO, 60), GSO], "frame"),
 ]
@@ -116,6 +117,19 @@ def test_an_index_that_jumps_ends_the_device(ring):
         r.near.put_many([Packet(frame(60))] * 40)
         await until(lambda: r.front_dev.state in (S.CLOSING, S.CLOSED))
         assert "rsp_prod jumped" in await r.error_of(r.fnode)
+
+    with_raw_back(check)
+
+
+def test_what_it_only_has_to_read_it_cannot_write():
+    async def check(r, back):
+        await r.near.put(frame(60))
+        await until(lambda: back.requests and back.posted)
+        sent, posted = back.requests[0][0], back.posted[0][1]
+        with pytest.raises(HypervisorError):
+            await back.dev.map_ring([sent])
+        for ref, writable in ((sent, False), (posted, True)):
+            await back.dev.unmap(await back.dev.map_ring([ref], writable))
 
     with_raw_back(check)
 
