@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 from tests.drivers.net.test_pair import ip_frame
+from tests.support.ip_frames import ether, ipv4, ipv6
 from tests.support.until import until
 
-from xenbus.drivers.net.cable import Cable, flow
+from xenbus.drivers.net.cable import Cable, flow, unfit
 from xenbus.drivers.net.counters import Counters
-from xenbus.drivers.net.packet import ALL, Link, Packet
+from xenbus.drivers.net.packet import ALL, PLAIN, Gso, Link, Offloads, Packet
 
 
 class Lane:
@@ -88,10 +89,13 @@ def test_a_ring_without_room_holds_up_the_others_for_a_moment_only():
         # Given up: what is for it is dropped at once, until it has room again.
         port.put(*stuck, *free)
         assert cable.counters.tx_dropped == 10 and lanes[1].got == [*free, *free]
-        lanes[0].room = 100
+        lanes[0].room = 2
         cable.room(lanes[0])
         port.put(*stuck)
-        assert lanes[0].got == stuck and cable.counters.tx_stalls == 1
+        assert lanes[0].got == stuck[:2] and cable.waiting == 3
+        lanes[0].room = 100
+        cable.room(lanes[0])
+        assert lanes[0].got == stuck and (cable.counters.tx_stalls, cable.counters.tx_dropped) == (1, 10)
 
     assert len(with_cable(check)) == 1
 
@@ -110,6 +114,28 @@ def test_one_ring_alone_is_waited_for_longer():
     assert not with_cable(check, rooms=(0,))
 
 
+def ipv4_frame(port, *, fragment=0, options=b"", protocol=17):
+    """Fragments have what they have where the ports would be."""
+    packet = bytearray(ipv4(port.to_bytes(2, "big") + bytes(46), protocol, options))
+    packet[6:8] = fragment.to_bytes(2, "big")
+    return ether(bytes(packet))
+
+
+def test_what_belongs_together_is_one_flow():
+    plain = {flow(ipv4_frame(port)) for port in range(100)}
+    assert len(plain) == 100 and len({value % 4 for value in plain}) == 4
+    # More to come, an offset, options: no ports to go by, and all fragments have to keep their order.
+    for strange in ({"fragment": 0x2000}, {"fragment": 0x2005}, {"fragment": 0x0100}, {"options": b"\1" * 8}):
+        assert len({flow(ipv4_frame(port, **strange)) for port in range(100)}) == 1, strange
+    v6 = {flow(ether(ipv6(port.to_bytes(2, "big") + bytes(46), 17))) for port in range(100)}
+    assert len(v6) == 100
+    assert len({flow(ether(ipv6(bytes([n]) + bytes(46), 58))) for n in range(100)}) == 1
+    assert flow(b"\1" * 12 + b"\x08\x06" + bytes(46)) == flow(b"\1" * 12 + b"\x08\x06" + b"\2" * 46)
+    for size in range(14, 70):  # nothing is read behind a frame's end
+        for head in (b"\x08\x00\x45", b"\x86\xdd\x60"):
+            flow((bytes(12) + head).ljust(size, b"\6")[:size])
+
+
 @pytest.mark.parametrize("rooms", [(0,), (0, 0)])
 def test_what_is_held_for_a_suspend_goes_on_afterwards(rooms):
     async def check(cable, port, lanes):
@@ -122,3 +148,30 @@ def test_what_is_held_for_a_suspend_goes_on_afterwards(rooms):
         assert not port.waiting and len(lanes[0].got) == 3
 
     with_cable(check, rooms)
+
+
+@pytest.mark.parametrize(
+    ("packet", "offloads", "says"),
+    [
+        (Packet(bytes(13)), ALL, "13 bytes: its header has 14"),
+        (Packet(bytes(14)), ALL, ""),
+        (Packet(bytes(1518)), PLAIN, ""),
+        (Packet(bytes(1519)), ALL, "1519 bytes where the MTU is 1500"),
+        (Packet(bytes(65535), True, True, Gso.TCPV4, 1448), ALL, ""),
+        (Packet(bytes(65536), True, True, Gso.TCPV4, 1448), ALL, "65536 bytes in segments of 1448"),
+        (Packet(bytes(3000), True, True, Gso.TCPV4, 0), ALL, "in segments of 0"),
+        (
+            Packet(bytes(3000), True, True, Gso.TCPV4, 1448),
+            Offloads(True, True, False, True),
+            "TCPV4 for a peer",
+        ),
+        (
+            Packet(bytes(3000), True, True, Gso.TCPV6, 1448),
+            Offloads(True, True, True, False),
+            "TCPV6 for a peer",
+        ),
+    ],
+)
+def test_what_a_peer_cannot_be_sent(packet, offloads, says):
+    assert says in unfit(packet, Link(offloads))
+    assert bool(says) == bool(unfit(packet, Link(offloads)))

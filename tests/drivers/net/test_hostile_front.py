@@ -457,6 +457,25 @@ def test_nobody_reads_on_the_far_side():
     with_raw_front(check)
 
 
+def test_nobody_reads_long_packets_on_the_far_side():
+    """4 MiB of them are kept, however few that are."""
+
+    async def check(r, front):
+        for n in range(80):
+            for slot in range(16):
+                more = TX_MORE_DATA if slot < 15 else 0
+                front.put(
+                    4096 * 15 + 4000 if not slot else 4096 if more else 4000, flags=more | 3 * (not slot)
+                )
+            front.push()
+            await front.answered(16 * (n + 1))
+        assert r.back.counters.rx_packets == 80 and not r.back.counters.rx_errors
+        kept = (4 << 20) // (4096 * 15 + 4000)
+        assert r.far.counters() == {"dropped": 80 - kept, "waiting": kept}
+
+    with_raw_front(check, mtu="65521")
+
+
 def test_a_flood_does_not_starve_the_loop_or_another_guest():
     """A front that refills its ring whenever it is asked, beside one that sends a frame now and then."""
 

@@ -90,6 +90,7 @@ def test_a_station_moves_and_is_forgotten():
     lan.got()
     lan.send(1, frame(A, B))
     assert [len(found) for found in lan.got()] == [0, 0, 1]
+    assert module.AGE == 300  # 802.1D, table 7-5
     lan.time += module.AGE - 1
     lan.send(2, frame(BROADCAST, A))  # it spoke: its time begins anew
     lan.time += 2

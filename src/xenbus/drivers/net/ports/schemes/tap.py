@@ -245,10 +245,12 @@ class TapPort:
         version, start, offset = found
         if not is_gso:
             return _BLANK_HEADERS.get((start, offset)) or HEADER.pack(_NEEDS_CSUM, 0, 0, 0, start, offset)
-        if version != (4 if packet.gso is Gso.TCPV4 else 6) or not 0 < packet.gso_size <= 0xFFFF:
+        if version != (4 if packet.gso is Gso.TCPV4 else 6) or offset != _TCP_CHECKSUM:
+            return None
+        if not 0 < packet.gso_size <= 0xFFFF:
             return None
         self.tx_gso += 1
-        length = start + (data[start + 12] >> 4) * 4 if offset == _TCP_CHECKSUM else start
+        length = start + (data[start + 12] >> 4) * 4
         return HEADER.pack(_NEEDS_CSUM, _FROM_GSO[packet.gso], length, packet.gso_size, start, offset)
 
     def _refused(self, error: OSError) -> None:
