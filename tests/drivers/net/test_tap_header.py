@@ -136,7 +136,7 @@ def test_what_the_kernel_is_told_of_a_packet(packet, head):
     ],
 )
 def test_what_the_kernel_may_hand_over(offloads, flags, monkeypatch):
-    """TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 (linux/if_tun.h), of each queue. The kernel keeps quiet about them."""
+    """TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 (linux/if_tun.h), of each queue."""
     asked = []
     monkeypatch.setattr(tun.fcntl, "ioctl", lambda *given: asked.append(given))
     device = tun.TunDevice.__new__(tun.TunDevice)
