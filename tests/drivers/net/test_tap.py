@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from tests.support import netlab
@@ -497,6 +498,17 @@ def test_a_device_that_was_made_for_us_needs_no_root():
 def test_options_are_checked(target, text):
     with pytest.raises(UsageError, match=text):
         TapOptions.of(parse_target(target))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch])
+def test_a_namespace_that_is_none(make, tmp_path):
+    make(tmp_path / "it")
+
+    async def main():
+        with pytest.raises(PortError, match="EINVAL|EPERM"):
+            await open_port(f"tap:left?netns={tmp_path / 'it'}")
+
+    asyncio.run(main())
 
 
 def test_options():

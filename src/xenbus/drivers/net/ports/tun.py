@@ -208,7 +208,7 @@ def inside(netns: str, target: str, action: Callable[[], TunDevice]) -> TunDevic
     if netns:
         path = Path(netns) if "/" in netns else Path(NETNS_DIRECTORY, netns)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # whatever it is: at once
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "EIO")
             raise PortError(code, target, f"network namespace {path}: {error.strerror}") from None
