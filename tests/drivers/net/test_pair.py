@@ -394,6 +394,21 @@ def test_multicast_control_from_the_start():
     with_rig(check, front=front_with(multicast_control=True))
 
 
+def test_a_group_too_many_is_an_error_of_the_one_who_joins():
+    async def check(r):
+        groups = [bytes.fromhex("01005e0000") + bytes([n]) for n in range(65)]
+        for group in groups:
+            await r.front.join(group)
+        await until(lambda: r.front.counters.tx_errors)
+        assert r.front.counters.tx_errors == 1 and "answered -1" in r.front.counters.last_error
+        assert r.back.multicast.groups == set(groups[:64])
+        for wrong in (b"", GROUP[:5], GROUP + b"\0", bytes(6)):
+            with pytest.raises(UsageError, match="no multicast group"):
+                await r.front.join(wrong)
+
+    with_rig(check, front=front_with(multicast_control=True))
+
+
 def test_multicast_control_while_connected():
     async def check(r):
         assert not r.back.multicast.on

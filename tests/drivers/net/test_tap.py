@@ -505,7 +505,7 @@ def test_a_namespace_that_is_none(make, tmp_path):
     make(tmp_path / "it")
 
     async def main():
-        with pytest.raises(PortError, match="EINVAL|EPERM"):
+        with pytest.raises(PortError, match=r"EINVAL|EPERM"):
             await open_port(f"tap:left?netns={tmp_path / 'it'}")
 
     asyncio.run(main())

@@ -119,7 +119,10 @@ class Xn(FrontEnd):
         return bytes((await self.port.get(seconds)).data)
 
     async def join(self, address: bytes, seconds: float = PATIENCE) -> None:
-        """Packets for this multicast group, too, from now on, where the back end filters them."""
+        """Packets for this multicast group, too, from now on, where the back end filters them. UsageError. A
+        back end that has no room for another group says so later: `tx_errors`."""
+        if len(address) != 6 or not address[0] & 1:
+            raise UsageError(f"{address.hex(':')} is no multicast group: six bytes, the first one odd")
         self.groups.add(address)
         await self._tell_group(address, True, seconds)
 

@@ -119,7 +119,7 @@ class TxQueue:
         if self._over or not (self._free(2, 1) or self._make_room(2)):
             return False
         ring, page = self._ring, self.pool.free.pop()
-        page.busy, page.head = True, False
+        page.busy = page.head = True
         # Linux's netback looks at the extra info before it looks at the size.
         TX_REQUEST.pack_into(ring.slots, ring.claim_request(), page.ref, 0, TX_EXTRA_INFO, page.ident, 0)
         self._put_extra(extra)
@@ -235,7 +235,7 @@ class TxQueue:
                 page.busy = False
                 free.append(page)
                 if status != NETIF_RSP_OKAY and page.head:
-                    counters.bad_tx("", f"the back end answered {status} to a packet")
+                    counters.bad_tx("", f"the back end answered {status} to a request")
         except PeerError as error:
             self._broken(error)
             return False
