@@ -88,6 +88,7 @@ def test_stream_comes_out_as_it_went_in(start, steps):
             assert len(data) == min(amount, len(sent) - len(got))
             got += data
         assert reader.readable == len(sent) - len(got)
+        assert writer.unread() == sent[len(got) :]
         assert writer.writable == 1024 - reader.readable
     got += reader.read()
     assert got == sent
@@ -103,6 +104,7 @@ def test_indices_that_jump(cons, prod):
         lambda: end.write(b"x"),
         lambda: end.readable,
         lambda: end.writable,
+        lambda: end.unread(),
     ):
         with pytest.raises(RingError) as caught:
             operation()

@@ -84,16 +84,23 @@ class ByteRingEnd:
         if not length:
             return b""
         fence.order_fence()
-        start = cons & self._mask
-        end = start + length
-        if end <= self.size:
-            data = bytes(self._data[start:end])
-        else:
-            data = bytes(self._data[start:]) + bytes(self._data[: end - self.size])
+        data = self._copy(cons, length)
         fence.full_fence()  # the bytes are out before the peer may write over them
         self._words[self._cons] = (cons + length) & MASK
         fence.full_fence()
         return data
+
+    def _copy(self, index: int, length: int) -> bytes:
+        start = index & self._mask
+        end = start + length
+        if end <= self.size:
+            return bytes(self._data[start:end])
+        return bytes(self._data[start:]) + bytes(self._data[: end - self.size])
+
+    def unread(self) -> bytes:
+        """What was written and not read; it stays. RingError. For the writer, once no reader is left."""
+        cons, _, used = self._indices()
+        return self._copy(cons, used)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """How many of the bytes went in: 0 when the ring is full. RingError. Notify the peer if any did."""

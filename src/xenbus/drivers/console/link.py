@@ -74,11 +74,6 @@ class ConsoleLink:
         """No byte moves until `start`."""
         self._channel = None
 
-    @property
-    def unread(self) -> int:
-        """Bytes that we sent and the peer has not taken. RingError."""
-        return self._ring.transmit.readable
-
     def kicked(self) -> None:
         channel = self._channel
         if channel is None:
@@ -124,3 +119,7 @@ class ConsoleLink:
     def take_rest(self) -> bytes:
         """What the peer sent and nobody had room for: at most the ring's size. RingError."""
         return self._ring.receive.read()
+
+    def unread(self) -> bytes:
+        """What we sent and the peer has not taken, which it won't any more. RingError."""
+        return self._ring.transmit.unread()

@@ -50,7 +50,7 @@ class ConsoleStream:
         """How many of the bytes were taken. LinkDown."""
         if self._gone:
             raise LinkDown(self._gone)
-        count = min(len(data), BUFFER - len(self._out))
+        count = min(len(data), max(BUFFER - len(self._out), 0))
         self._out += data[:count]
         self._moved()
         return count
@@ -103,6 +103,11 @@ class ConsoleStream:
         del self._out[:count]
         self.tx_bytes += count
         self._wake()
+
+    def unsent(self, data: bytes) -> None:
+        """These were sent and are to be sent again, before all else."""
+        self._out[:0] = data
+        self.tx_bytes -= len(data)
 
     def end(self, why: str) -> None:
         """The device is gone: everybody who waits hears of it, and whoever comes after."""

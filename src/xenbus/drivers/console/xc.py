@@ -48,7 +48,6 @@ class Xc(FrontEnd):
         self._link: ConsoleLink | None = None
         self._page: GrantedPages | None = None
         self._channel: Channel | None = None
-        self.lost = 0
         self._states = {
             XenbusState.INITIALISING: self._back_restarted,
             XenbusState.INIT_WAIT: self._initialise,
@@ -65,17 +64,10 @@ class Xc(FrontEnd):
     # -- callbacks of the bus
 
     async def suspend(self) -> None:
-        """What is on the ring has time to be read, and what came is taken off it: the page is not saved."""
+        """What is on the ring has time to be read: whoever restores us may look at the console first."""
         await self._drain()
-        link = self._link
-        if link is None:
-            return
-        link.hold()
-        try:
-            if rest := link.take_rest():
-                self.stream.put(rest)
-        except PeerError as error:
-            self._broken(error)
+        if self._link is not None:
+            self._link.hold()
 
     async def resume(self, cancelled: bool) -> None:
         link = self._link
@@ -85,9 +77,7 @@ class Xc(FrontEnd):
             if self._channel is not None:
                 link.start(self._channel)
             return
-        with suppress(PeerError):
-            self.lost += link.unread
-        link.stop()
+        self._let_go(link)
         self._link = self._page = self._channel = None
         self._refuses, self._tries = False, 0
 
@@ -108,7 +98,6 @@ class Xc(FrontEnd):
             "rx_bytes": lambda: stream.rx_bytes,
             "tx_bytes": lambda: stream.tx_bytes,
             "tx_waiting": lambda: len(stream.peek()),
-            "tx_lost": lambda: self.lost,
         }
 
     def operations(self) -> Mapping[str, Operation]:
@@ -198,11 +187,18 @@ class Xc(FrontEnd):
         channel, self._channel = self._channel, None
         page, self._page = self._page, None
         if link is not None:
-            link.stop()
+            self._let_go(link)
         if channel is not None:
             await self.dev.close_evtchn(channel)
         if page is not None:
             await self.dev.revoke(page)
+
+    def _let_go(self, link: ConsoleLink) -> None:
+        """The other end has gone: what it put there came, what it did not read is for the next one."""
+        with suppress(PeerError):
+            self.stream.unsent(link.unread())
+            self.stream.put(link.take_rest())
+        link.stop()
 
     def _moved(self) -> None:
         if self._link is not None:
