@@ -64,6 +64,22 @@ def test_what_linux_s_driver_has_cannot_be_claimed(tmp_path, side, bus):
     Served(frozenset({side})).check(tmp_path)
 
 
+def test_a_driver_that_is_told_to_take_nothing_has_what_it_had(tmp_path):
+    """hvc_xen is part of Debian's kernel, and its driver has a name of its own."""
+    served, bus = Served(frozenset({Side.FRONT}), frozenset({"console"})), tmp_path / "sys/bus/xen"
+    driver, probes = bus / "drivers/xenconsole", bus / "drivers_autoprobe"
+    driver.mkdir(parents=True)
+    (driver / "module").mkdir()
+    probes.write_text("1\n")
+    with pytest.raises(UsageError, match=r"\(hvc_xen\): .* write 0 to /sys/bus/xen/drivers_autoprobe"):
+        served.check(tmp_path)
+    probes.write_text("0\n")
+    served.check(tmp_path)
+    (driver / "console-1").mkdir()
+    with pytest.raises(UsageError, match="Linux's own driver has every frontend"):
+        served.check(tmp_path)
+
+
 def test_what_nobody_drives_cannot_be_claimed(tmp_path):
     with pytest.raises(UsageError, match="no driver for 'vtoaster'"):
         Served(claims=frozenset({"vtoaster"})).check(tmp_path)

@@ -35,9 +35,16 @@ ASLEEP = 0.01  # seconds that the clocks differ by after a suspend, at least
 LINUX_TYPES = frozenset(
     {"vbd", "vif", "console", "vkbd", "vfb", "vscsi", "vusb", "pci", "9pfs", "vsnd", "vdispl"}
 )
-# sysfs lists the drivers of a bus by the device type that they are for.
-_SYSFS = {Side.FRONT: "/sys/bus/xen/drivers", Side.BACK: "/sys/bus/xen-backend/drivers"}
-_MODULES = {Side.FRONT: "xen-{}front", Side.BACK: "xen-{}back"}
+_SYSFS = {Side.FRONT: "/sys/bus/xen", Side.BACK: "/sys/bus/xen-backend"}
+# sysfs lists the drivers of a bus by the device type that they are for, but for these.
+_DRIVERS = {(Side.FRONT, "console"): "xenconsole"}
+_MODULES = {
+    (Side.FRONT, "vbd"): "xen-blkfront",
+    (Side.FRONT, "vif"): "xen-netfront",
+    (Side.FRONT, "console"): "hvc_xen",
+    (Side.BACK, "vbd"): "xen-blkback",
+    (Side.BACK, "vif"): "xen-netback",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +74,28 @@ class Served:
         drivers.load_entry_points()
         for side in self.sides:
             for device_type in self.claims:
-                if (sysfs / _SYSFS[side].lstrip("/") / device_type).exists():
-                    module = _MODULES[side].format("blk" if device_type == "vbd" else "net")
+                if _linux_has(sysfs / _SYSFS[side].lstrip("/"), side, device_type):
+                    module = _MODULES.get((side, device_type), "?")
                     raise UsageError(
-                        f"{device_type}: Linux's own driver has every {side.value} of that type ({module}?): "
-                        f"unload it and keep udev from loading it (blacklist in /etc/modprobe.d), "
-                        f"or don't claim it"
+                        f"{device_type}: Linux's own driver has every {side.value} of that type ({module}): "
+                        f"unload it and keep udev from loading it (blacklist in /etc/modprobe.d); if it is "
+                        f"part of the kernel, write 0 to {_SYSFS[side]}/drivers_autoprobe before there is "
+                        f"such a device; or don't claim it"
                     )
         known = {name for side in self.sides for name in drivers.types(side)}
         for device_type in self.claims - known:
             raise UsageError(f"no driver for {device_type!r}: there are {', '.join(sorted(known))}")
+
+
+def _linux_has(bus: Path, side: Side, device_type: str) -> bool:
+    """Whether Linux's driver has devices of that type, or would take the next one. bus: of sysfs"""
+    driver, probes = (
+        bus / "drivers" / _DRIVERS.get((side, device_type), device_type),
+        bus / "drivers_autoprobe",
+    )
+    if not driver.exists():
+        return False
+    return any(driver.glob(f"{device_type}-*")) or not probes.exists() or probes.read_text().strip() != "0"
 
 
 async def own_domid(store: Client) -> int:
