@@ -1,9 +1,9 @@
 """`xenbus console` in a terminal and in pipes, on a real host; the guest is spoken for over its socket."""
 
+import asyncio
 import base64
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.consoles import rig
 from tests.support.hosts import visit
+from tests.support.until import until
+from tests.support.window import PATIENCE, Window
 
+from xenbus.bus import Settings
 from xenbus.cli.attachment import open_terminal, parse_escape
 from xenbus.errors import UsageError, XenbusError
 
 XENBUS = [sys.executable, "-m", "xenbus.cli.main"]
-PATIENCE = 15.0
 
 
 @pytest.fixture
@@ -62,51 +65,8 @@ def gone(xenbus):
         assert time.monotonic() < end, text
 
 
-class Window:
-    """A terminal window with `xenbus console` in it."""
-
-    def __init__(self, *words):
-        self.master, self.slave = os.openpty()
-        self.before = termios.tcgetattr(self.slave)
-        self.process = subprocess.Popen(
-            [*XENBUS, "console", *words],
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            start_new_session=True,
-        )
-        self.seen = b""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(PATIENCE)
-        for fd in (self.master, self.slave):
-            if fd >= 0:
-                os.close(fd)
-
-    def see(self, wanted):
-        end = time.monotonic() + PATIENCE
-        while wanted not in self.seen:
-            assert time.monotonic() < end and self.process.poll() is None, (wanted, self.seen)
-            if select.select([self.master], [], [], 0.05)[0]:
-                self.seen += os.read(self.master, 65536)
-        return self.seen
-
-    def type(self, data):
-        os.write(self.master, data)
-
-    def is_raw(self):
-        return not termios.tcgetattr(self.slave)[3] & termios.ICANON
-
-    def ended(self):
-        """Its exit code, once the terminal is as it was."""
-        code = self.process.wait(PATIENCE)
-        assert termios.tcgetattr(self.slave) == self.before
-        return code
+def console(*words):
+    return Window([*XENBUS, "console", *words])
 
 
 def piped(*words, **given):
@@ -177,7 +137,7 @@ def test_served_by_a_driver_domain(xenbus, host, tmp_path):
 
 @pytest.mark.slow
 def test_in_a_terminal(guest, xenbus):
-    with Window("g") as window:
+    with console("g") as window:
         window.see(b"^] leaves")
         guest.write(b"login: ")
         window.see(b"login: ")
@@ -192,7 +152,7 @@ def test_in_a_terminal(guest, xenbus):
         assert window.ended() == 0
         assert guest.read(3) == b"bye"
     # And again.
-    with Window("g", "-n", "1", "--escape", "^A") as window:
+    with console("g", "-n", "1", "--escape", "^A") as window:
         window.see(b"^A leaves")
         window.type(b"\x1d")
         assert guest.read(1) == b"\x1d"
@@ -203,7 +163,7 @@ def test_in_a_terminal(guest, xenbus):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_it_and_the_terminal_is_as_it_was(guest, number):
-    with Window("g") as window:
+    with console("g") as window:
         window.see(b"leaves")
         guest.write(b"prompt")
         window.see(b"prompt")
@@ -213,7 +173,7 @@ def test_a_signal_ends_it_and_the_terminal_is_as_it_was(guest, number):
 
 @pytest.mark.slow
 def test_after_a_stop_it_is_raw_again(guest):
-    with Window("g") as window:
+    with console("g") as window:
         window.see(b"leaves")
         guest.write(b"prompt")
         window.see(b"prompt")
@@ -230,7 +190,7 @@ def test_after_a_stop_it_is_raw_again(guest):
 
 @pytest.mark.slow
 def test_the_window_is_closed(guest, xenbus):
-    with Window("g") as window:
+    with console("g") as window:
         window.see(b"leaves")
         guest.write(b"prompt")
         window.see(b"prompt")
@@ -243,7 +203,7 @@ def test_the_window_is_closed(guest, xenbus):
 
 @pytest.mark.slow
 def test_the_guest_ends(guest, xenbus):
-    with Window("g") as window:
+    with console("g") as window:
         guest.write(b"going down")
         window.see(b"going down")
         assert xenbus("domain", "destroy", "g")[0] == 0
@@ -255,7 +215,7 @@ def test_the_guest_ends(guest, xenbus):
 @pytest.mark.slow
 def test_detached_and_attached_again_it_goes_on(guest, xenbus):
     """As after a back end's restart: the node has the path of another terminal."""
-    with Window("g") as window:
+    with console("g") as window:
         guest.write(b"first")
         window.see(b"first")
         assert xenbus("detach", "g/xc1")[0] == 0
@@ -266,6 +226,55 @@ def test_detached_and_attached_again_it_goes_on(guest, xenbus):
         except AssertionError:
             # Between the two its node was gone: then it has ended in order.
             assert window.process.wait(PATIENCE) == 0 and b"has ended" in window.seen
+
+
+# -- a back end that is started again
+
+
+async def restarted(made, window, shown):
+    """Its process ends and another one goes on; `shown` is when the operator's command has seen that."""
+    path = made.back.sysctl()["tty"]()
+    await made.dom0.back.release()
+    await made.dom0.store.close()
+    await asyncio.to_thread(window.see, shown)
+    await made.dom0.start(Settings(callback=5.0, detach=2.0, boot=2.0), inherits=True)
+    await made.dom0.back.attach()
+    await until(lambda: made.back.sysctl()["tty"]())
+    return path, made.back.sysctl()["tty"]()
+
+
+@pytest.mark.slow
+def test_a_back_end_that_is_started_again_with_a_terminal_of_the_same_path(tmp_path):
+    """As it mostly has: the kernel gives away the lowest number. What was typed meanwhile is not lost."""
+
+    async def main():
+        socket = tmp_path / "store"
+        env = os.environ | {"XENBUS_STORE": str(socket), "XENBUS_RUN": str(tmp_path)}
+        env.pop("XENBUS_DIR", None)
+        async with rig() as made:
+            await made.world.daemon.listen_unix(socket)
+            await made.connected()
+            with Window([*XENBUS, "console", "domain-1"], env) as window:
+                await asyncio.to_thread(window.see, b"leaves")
+                for number in range(2):
+                    old, new = await restarted(made, window, b"waiting 60 s for the next one")
+                    assert old == new
+                    window.seen = b""
+                    await made.stream.write(b"number %d" % number)
+                    await asyncio.to_thread(window.see, b"number %d" % number)
+                    window.type(b"key")
+                    assert await made.stream.read() == b"key"
+                # Ctrl-] is heard while there is none.
+                await made.dom0.back.release()
+                await asyncio.to_thread(window.see, b"waiting 60 s for the next one")
+                window.type(b"\x1d")
+                assert await asyncio.to_thread(window.ended) == 0
+                await made.dom0.store.close()
+                await made.dom0.start(Settings(callback=5.0, detach=2.0, boot=2.0), inherits=True)
+                await made.dom0.back.attach()
+            await made.gone()
+
+    asyncio.run(main())
 
 
 # -- in pipes
@@ -358,6 +367,19 @@ def test_escape_keys(text, key):
 def test_what_is_no_escape_key(text):
     with pytest.raises(UsageError):
         parse_escape(text)
+
+
+def test_somebody_elses_terminal_is_not_written_to():
+    """The path that a killed back end left, given away again."""
+    fds = os.openpty()
+    try:
+        path = os.ttyname(fds[1])
+        os.close(open_terminal(path))
+        with pytest.raises(XenbusError, match="somebody else's by now"):
+            open_terminal(path, ours=True)
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def test_what_is_no_terminal_is_not_written_to(tmp_path):

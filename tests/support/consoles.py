@@ -94,6 +94,19 @@ class Operator:
                 await asyncio.sleep(0.001)
         return seen
 
+    async def take(self, count: int, seconds: float) -> bytes:
+        """So many bytes, and what came with the last of them; as far as it came if the time is up."""
+        seen, end = b"", asyncio.get_running_loop().time() + seconds
+        while len(seen := seen + self.look()) < count and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return seen
+
+    async def enter(self, data: bytes, seconds: float) -> None:
+        """All of it typed, as the PTY has room."""
+        async with asyncio.timeout(seconds):
+            while data := data[self.type(data) :]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
 
 def rig(front: Any = Xc, back: Any = Xcb, settings: Settings = SETTINGS) -> Any:
     """Both domains up, no console yet."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Return once it holds. TimeoutError after that time."""
+async def until(condition: Callable[[], object], seconds: float = 5.0, every: float = 0.001) -> None:
+    """Return once it holds, which is looked at `every` so many seconds. TimeoutError after that time."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(every)
 
 
 def descriptors() -> set[str]:

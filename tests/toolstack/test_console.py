@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.support.embedded_store import embedded_store
 
-from xenbus.errors import NotFound, UsageError
+from xenbus.errors import NoEntry, NotFound, UsageError
 from xenbus.toolstack.console import ConsoleSpec, find_console, free_number
 from xenbus.toolstack.devices import DeviceSpec, list_devices, remove_device, write_device
 from xenbus.toolstack.paths import DevicePaths
@@ -85,6 +85,10 @@ def test_numbers_and_the_record():
     run(test)
 
 
+async def where(store, number=None):
+    return (await find_console(store, 5, number)).node
+
+
 def test_which_terminal():
     async def test(store, guest):
         with pytest.raises(NotFound, match="no console 1"):
@@ -94,15 +98,15 @@ def test_which_terminal():
         await write_device(store, ConsoleSpec(5, 2).device())
         await write_device(store, ConsoleSpec(5, 4, pty=False, log="/tmp/l").device())
         second = "/local/domain/0/backend/console/5/2/tty"
-        assert await find_console(store, 5, None) == second == await find_console(store, 5, 2)
+        assert await where(store) == second == await where(store, 2)
         with pytest.raises(UsageError, match=r"a log alone: /tmp/l"):
             await find_console(store, 5, 4)
         # xenconsoled's, once it has a terminal.
         first = "/local/domain/5/console/tty"
         await store.write(first, "")
-        assert await find_console(store, 5, None) == second
+        assert await where(store) == second
         await store.write(first, "/dev/pts/9")
-        assert await find_console(store, 5, None) == first == await find_console(store, 5, 0)
+        assert await where(store) == first == await where(store, 0)
 
     run(test)
 
@@ -114,7 +118,31 @@ def test_another_toolstacks_console():
         paths = DevicePaths("console", 1, 5, 0)
         told = {"type": "ioemu", "output": "pty", "tty": "/dev/pts/3"}
         await write_device(store, DeviceSpec(paths, {}, {"protocol": "vt100"}, told))
-        assert await find_console(store, 5, 1) == f"{FRONT}/tty"
+        assert await where(store, 1) == f"{FRONT}/tty"
+
+    run(test)
+
+
+def test_whose_terminal_and_that_it_is_another_one():
+    """Written again is another terminal, with the same path or not; while there is none it waits."""
+
+    async def test(store, guest):
+        spec = ConsoleSpec(5, 1).device()
+        await write_device(store, spec)
+        found = await find_console(store, 5, 1)
+        assert found.ours
+        async with found.paths(store) as path:
+            waiting = asyncio.create_task(path())
+            await store.write(f"{BACK}/tty", "/dev/pts/3")
+            assert await waiting == "/dev/pts/3"
+            waiting = asyncio.create_task(path())
+            await store.read(f"{BACK}/tty")
+            assert not waiting.done()
+            await store.write(f"{BACK}/tty", "/dev/pts/3")
+            assert await waiting == "/dev/pts/3"
+            await remove_device(store, spec.paths)
+            with pytest.raises(NoEntry):
+                await path()
 
     run(test)
 
@@ -127,6 +155,6 @@ def test_a_guest_names_no_terminal():
         # The directory is its own: it can make all of it anew, and that changes nothing.
         await guest.rm(FRONT)
         await guest.write(f"{FRONT}/tty", "/etc/passwd")
-        assert await find_console(store, 5, 1) == f"{BACK}/tty"
+        assert await where(store, 1) == f"{BACK}/tty"
 
     run(test)

@@ -12,10 +12,12 @@ import os
 import signal
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
+from typing import Any
 
+from xenbus.drivers.console.terminal import is_served
 from xenbus.errors import UsageError, XenbusError
 
 CHUNK = 4096  # bytes of one read; a pipe that is writable has room for as many
@@ -40,8 +42,11 @@ def parse_escape(text: str) -> int:
     raise UsageError(f"{text!r} is no escape key: one character, or ^A to ^_")
 
 
-def open_terminal(path: str) -> int:
-    """A console's PTY, for us alone. UsageError if somebody is attached, XenbusError for what is none."""
+def open_terminal(path: str, *, ours: bool = False) -> int:
+    """A console's PTY, for us alone. UsageError if somebody is attached, XenbusError for what is none.
+
+    ours: it is none if no xcb has it
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -49,6 +54,8 @@ def open_terminal(path: str) -> int:
     try:
         if not os.isatty(fd):
             raise XenbusError(f"{path} is no terminal: nothing is sent there")
+        if ours and not is_served(fd):
+            raise XenbusError(f"{path} is somebody else's by now: the console's back end has gone")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
@@ -201,11 +208,11 @@ class Attachment:
         self._keys: Outlet | None = None
         self._screen: Inlet | None = None
         self._held = b""  # typed while there was none
+        self._searching = False
 
     async def run(self, pty: int) -> Ending:
         """Until something ends; what was typed and not taken is lost with its PTY. OSError of the output."""
-        if self._ended.done() and self._ended.result() is Ending.HUNG_UP:
-            self._ended = self._loop.create_future()
+        self._begin()
         keys, screen = Outlet(pty, self._flow), Inlet(pty, self._shown)
         self._keys, self._screen = keys, screen
         try:
@@ -225,6 +232,26 @@ class Attachment:
         if (error := self._output.error) is not None:
             raise OSError(error.errno, error.strerror, "standard output")
         return ending
+
+    async def search(self, terminal: Coroutine[Any, Any, int]) -> int | Ending:
+        """`terminal`'s, for one that hung up, or what ended it meanwhile; what is typed waits."""
+        self._begin()
+        searching = self._loop.create_task(terminal)
+        self._searching = True
+        try:
+            self._flow()
+            self._restart_quiet()
+            either: set[asyncio.Future[Any]] = {searching, self._ended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return searching.result() if searching.done() else self._ended.result()
+        finally:
+            self._searching = False
+            self._input.want(False)
+            searching.cancel()
+
+    def _begin(self) -> None:
+        if self._ended.done() and self._ended.result() is Ending.HUNG_UP:
+            self._ended = self._loop.create_future()
 
     def end(self, ending: Ending) -> None:
         if not self._ended.done():
@@ -246,6 +273,8 @@ class Attachment:
         if self._output.error is not None:
             self.end(Ending.HUNG_UP)
         if self._keys is None or self._screen is None:
+            if self._searching:
+                self._input.want(len(self._held) < PENDING_MAX)
             return
         self._input.want(self._keys.waiting < PENDING_MAX)
         self._screen.want(self._output.waiting < PENDING_MAX)
@@ -261,8 +290,8 @@ class Attachment:
             self.end(Ending.ESCAPED)
         if self._keys is None:
             self._held += data
-            return
-        self._keys.put(data)
+        else:
+            self._keys.put(data)
         self._flow()
 
     def _shown(self, data: bytes) -> None:

@@ -12,11 +12,16 @@ from xenbus.cli.completing import domains
 from xenbus.cli.context import dir_option
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from xenbus.cli.attachment import Attachment, Ending
+    from xenbus.toolstack.console import Paths, TerminalNode
     from xenbus.toolstack.xenhost import AnyHost
     from xenbus.xenstore.client import Client
 
-PATIENCE = 5.0  # seconds that a back end has to say where its terminal is, or where the new one is
+PATIENCE = 5.0  # seconds that a back end has to say where its terminal is
+# Seconds that the next back end has, and of them those in which nothing is said about it.
+AWAY, MOMENT = 60.0, 1.0
 
 
 @click.command("console", short_help="Attach to a guest's console.")
@@ -48,8 +53,8 @@ def command(directory: Path | None, number: int | None, escape: str, idle: float
 
     async def action(toolstack: AnyHost) -> Ending:
         info = await toolstack.find(name)
-        node = await find_console(toolstack.store, info.domid, number)
-        return await _attach(toolstack.store, node, name, key, escape, idle)
+        found = await find_console(toolstack.store, info.domid, number)
+        return await _attach(toolstack.store, found, name, key, escape, idle)
 
     ending = with_toolstack(directory, action)
     if ending is Ending.HUNG_UP:
@@ -57,39 +62,54 @@ def command(directory: Path | None, number: int | None, escape: str, idle: float
     return exits.INTERRUPTED if ending is Ending.INTERRUPTED else exits.Exit.OK
 
 
-async def _attach(store: Client, node: str, name: str, key: int, escape: str, idle: float | None) -> Ending:
+async def _attach(
+    store: Client, found: TerminalNode, name: str, key: int, escape: str, idle: float | None
+) -> Ending:
     import contextlib
     import os
     import sys
 
-    from xenbus.cli.attachment import Attachment, open_terminal, raw, signals
+    from xenbus.cli.attachment import Attachment, raw, signals
 
     source, sink = 0, 1
     is_terminal = _is_terminal(source)
     sys.stdout.flush()
-    path = await _path(store, node, "")
-    pty = open_terminal(path)
-    if is_terminal:
-        click.echo(f"{name}: {path}; {escape} leaves\r", err=True)
-    attachment = Attachment(source, sink, key if is_terminal else None, idle)
-    with contextlib.ExitStack() as stack:
-        stack.callback(attachment.close)
-        again = stack.enter_context(raw(source)) if is_terminal else None
-        stack.enter_context(signals(attachment, again))
-        try:
-            return await _until_left(store, node, attachment, path, pty)
-        finally:
-            if is_terminal:
-                with contextlib.suppress(OSError):
-                    os.write(2, b"\r\n")
+
+    def say(words: str) -> None:
+        if is_terminal:
+            click.echo(f"{name}: {words}\r", err=True)
+
+    async with found.paths(store) as paths:
+        path, pty = await _open(paths, found, PATIENCE)
+        say(f"{path}; {escape} leaves")
+        attachment = Attachment(source, sink, key if is_terminal else None, idle)
+        with contextlib.ExitStack() as stack:
+            stack.callback(attachment.close)
+            again = stack.enter_context(raw(source)) if is_terminal else None
+            stack.enter_context(signals(attachment, again))
+            try:
+                return await _until_left(attachment, pty, paths, found, say)
+            finally:
+                if is_terminal:
+                    with contextlib.suppress(OSError):
+                        os.write(2, b"\r\n")
 
 
-async def _until_left(store: Client, node: str, attachment: Attachment, path: str, pty: int) -> Ending:
+async def _until_left(
+    attachment: Attachment, pty: int, paths: Paths, found: TerminalNode, say: Callable[[str], None]
+) -> Ending:
     """Goes on with the terminal that a back end which was started again has."""
     import os
 
-    from xenbus.cli.attachment import Ending, open_terminal
+    from xenbus.cli.attachment import Ending
     from xenbus.errors import DeadlineError, NoEntry
+
+    async def another() -> int:
+        try:
+            return (await _open(paths, found, MOMENT))[1]
+        except DeadlineError:
+            say(f"its back end has gone: waiting {AWAY:.0f} s for the next one")
+        return (await _open(paths, found, AWAY))[1]
 
     while True:
         try:
@@ -99,38 +119,35 @@ async def _until_left(store: Client, node: str, attachment: Attachment, path: st
         if ending is not Ending.HUNG_UP:
             return ending
         try:
-            path = await _path(store, node, path)
+            next_one = await attachment.search(another())
         except (DeadlineError, NoEntry):
             return ending
-        pty = open_terminal(path)
+        if isinstance(next_one, Ending):
+            return next_one
+        pty = next_one
 
 
-async def _path(store: Client, node: str, old: str) -> str:
-    """Of the terminal, once there is one, and another one than the `old` one. DeadlineError, NoEntry."""
+async def _open(paths: Paths, found: TerminalNode, seconds: float) -> tuple[str, int]:
+    """Its path and a descriptor, once there is one. DeadlineError, NoEntry when the device is gone,
+    UsageError if somebody else is attached."""
     import asyncio
 
-    from xenbus.errors import DeadlineError, NoEntry
+    from xenbus.cli.attachment import open_terminal
+    from xenbus.errors import DeadlineError, UsageError, XenbusError
 
-    changed = asyncio.Event()
-    watch = await store.watch(node, lambda _: changed.set())
+    what = "the console's terminal"
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(seconds):
             while True:
-                changed.clear()
+                path = await paths()
                 try:
-                    path = await store.read_str(node)
-                except NoEntry:
-                    # Gone with its device, or not written yet.
-                    if not await store.exists(node.rpartition("/")[0]):
-                        raise
-                    path = ""
-                if path and path != old:
-                    return path
-                await changed.wait()
+                    return path, open_terminal(path, ours=found.ours)
+                except UsageError:
+                    raise
+                except XenbusError as error:  # of a back end that has gone; the next one writes its own
+                    what = f"the console's terminal ({error})"
     except TimeoutError:
-        raise DeadlineError("the console's terminal", f"its back end ({node})", PATIENCE) from None
-    finally:
-        await watch.close()
+        raise DeadlineError(what, f"its back end ({found.node})", seconds) from None
 
 
 def _is_terminal(fd: int) -> bool:

@@ -5,6 +5,9 @@ Also where an operator finds a console's terminal. Knows the store's nodes; open
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from xenbus.toolstack.devices import DeviceSpec, list_devices
 from xenbus.toolstack.paths import DevicePaths, domain_path
 from xenbus.xenstore.client import Client
 
+Paths = Callable[[], Awaitable[str]]
 NUMBERS = range(1, 32)  # 0 is the first console, which the domain builder makes
 
 
@@ -85,9 +89,41 @@ async def free_number(store: Client, domid: int) -> int:
     raise UsageError(f"domain {domid} has {len(NUMBERS)} consoles, the most")
 
 
-async def find_console(store: Client, domid: int, number: int | None) -> str:
-    """The node that has the path of a console's terminal; of the lowest one there is if no number is given.
-    NotFound, UsageError for one without a terminal.
+@dataclass(slots=True, frozen=True)
+class TerminalNode:
+    """node: has the path of a console's terminal; ours: its back end is xcb"""
+
+    node: str
+    ours: bool = False
+
+    @asynccontextmanager
+    async def paths(self, store: Client) -> AsyncIterator[Paths]:
+        """What is yielded answers with the path that the node has, and, called again, with the one that it
+        has once it was written again: the next back end's terminal mostly has the same path. It waits for
+        ever, and raises NoEntry when the device is gone.
+        """
+        written = asyncio.Event()
+        watch = await store.watch(self.node, lambda _: written.set())
+
+        async def path() -> str:
+            while True:
+                await written.wait()
+                written.clear()
+                try:
+                    if found := await store.read_str(self.node):
+                        return found
+                except NoEntry:  # with its device, or not written yet
+                    if not await store.exists(self.node.rpartition("/")[0]):
+                        raise
+
+        try:
+            yield path
+        finally:
+            await watch.close()
+
+
+async def find_console(store: Client, domid: int, number: int | None) -> TerminalNode:
+    """Of the lowest one there is if no number is given. NotFound, UsageError for one without a terminal.
 
     Of a device the back end's node is taken, which no guest can write: a terminal that a guest named could be
     any file of ours.
@@ -96,7 +132,7 @@ async def find_console(store: Client, domid: int, number: int | None) -> str:
     if number == 0 or (number is None and await _read(store, first)):
         if await _read(store, first) is None:
             raise NotFound(f"domain {domid} has no console 0")
-        return first
+        return TerminalNode(first)
     consoles = {
         spec.paths.devid: spec for spec in await list_devices(store, domid) if spec.paths.kind == KIND
     }
@@ -110,7 +146,7 @@ async def find_console(store: Client, domid: int, number: int | None) -> str:
         raise UsageError(f"console {number} of domain {domid} has a log alone: {found.back.get(LOG_KEY)}")
     # Another toolstack's back end (QEMU, by libxl's record) says it in the front's node alone.
     ours = found.back.get("type") == "xenbus"
-    return f"{found.paths.back if ours else found.paths.front}/{TTY_KEY}"
+    return TerminalNode(f"{found.paths.back if ours else found.paths.front}/{TTY_KEY}", ours)
 
 
 async def _read(store: Client, path: str) -> str | None:

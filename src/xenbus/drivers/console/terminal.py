@@ -6,7 +6,9 @@ Knows the loop and a PTY. A terminal that nobody reads loses what is oldest, and
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import struct
 import tty
 from collections.abc import Callable
 
@@ -17,12 +19,25 @@ _CHUNK = 4096
 TYPED_MAX = 4096  # bytes that wait for the guest: then the PTY is not read, and its writers wait
 
 
+# struct flock of fcntl(2): type, whence, start, length (0: all of it), process.
+_FLOCK = struct.Struct("hhqqi0q")
+
+
 class TerminalError(XenbusError):
     """No PTY could be had; `name` is the errno's."""
 
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         super().__init__(f"a PTY for the console: {name}: {text}")
+
+
+def is_served(fd: int) -> bool:
+    """Whether this PTY, opened by anybody, is one of ours whose process lives. The kernel gives a path away
+    again at once: the one that a killed process left in the store may be another program's terminal by now.
+    """
+    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    found = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, wanted))
+    return bool(found[0] != fcntl.F_UNLCK)
 
 
 class Terminal:
@@ -37,6 +52,8 @@ class Terminal:
         # No echo, no lines, no signals: those are the operator's terminal's, or the guest's. The slave stays
         # open, so that the one who leaves does not end it.
         tty.setraw(self._slave)
+        # What `is_served` looks for. Whoever attaches has a lock of the other kind, flock(2).
+        fcntl.fcntl(self._slave, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         os.set_blocking(self._master, False)
         self.path = os.ttyname(self._slave)
         self.keys = bytearray()
