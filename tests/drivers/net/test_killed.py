@@ -77,6 +77,7 @@ ACTS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(ACTS, st.integers(0, 1), st.none() | st.floats(0, 1)), max_size=40),
     st.integers(1, 2),
