@@ -139,6 +139,26 @@ def test_a_port_that_a_dying_process_still_has_is_waited_for(kept, monkeypatch):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("what", ["device", "front"])
+def test_what_went_while_no_process_was_there_leaves_no_journal(kept, what):
+    async def main():
+        async with connected(kept) as r:
+            await r.leave()
+            assert names(kept) == [NAME]
+            if what == "device":
+                await r.world.unplug("vif", r.devid)
+                await until(lambda: not r.guest.front.devices)
+            else:
+                await r.world.tool.write(f"{r.bnode}/online", "0")
+                await r.front_dev.set_state(S.CLOSED)
+            await r.inherit(kept)
+            await until(lambda: names(kept) == [])
+            if what == "front":
+                assert await r.world.tool.wait_for(f"{r.bnode}/state", lambda raw: raw == b"6", 5) == b"6"
+
+    asyncio.run(main())
+
+
 def test_a_driver_domain_that_comes_back_elsewhere_begins_anew(kept):
     """A real resume: the rings of the old life are nobody's, and so is their journal."""
 
