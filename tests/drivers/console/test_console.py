@@ -532,6 +532,20 @@ def test_a_front_that_flooded_is_listened_to_when_the_time_is_over(monkeypatch):
     run(test, Liar)
 
 
+def test_the_last_words_of_a_guest_are_read_though_nobody_kicked():
+    """One that is killed, or crashes, comes to no event."""
+
+    async def test(made: Rig):
+        await made.connected()
+        back = made.back
+        made.front.ring.transmit.write(b"panic: no init found")
+        assert not back.rx_bytes
+        await made.gone(force=True)
+        assert back.rx_bytes == 20
+
+    run(test, Liar)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_a_front_writes_into_its_page(seed):
     """Bytes, indices and kicks by chance: it goes on, or the device is closed with an error node; no more."""
