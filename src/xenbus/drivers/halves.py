@@ -195,6 +195,7 @@ class BackEnd(_Half, Generic[P]):
         async with self._busy:
             try:
                 await self._take_over(await self._front_parameters())
+                self.dev.log.info("goes on for a process that ended")
                 await self._resumed()
             except BaseException as error:
                 await self._give_back()

@@ -193,7 +193,7 @@ class Xbbd(BackEnd[Parameters]):
     async def _resumed(self) -> None:
         again = sum(link.again for link in self._links)
         self._again += again
-        self.dev.log.info("goes on for a process that ended: %d requests are done again", again)
+        self.dev.log.info("%d requests are done again", again)
         for link in self._links:
             link.start()
             link.kick_front()
