@@ -67,7 +67,7 @@ xen-test: xenbus.pyz ## tests/xen in a dom0 under QEMU (XEN="tests/xen/test_linu
 xen-test-all: xenbus.pyz ## the same with the whole table of features
 	$(PYTHON) tools/xen/lab.py all $(XEN)
 
-xen-bench: ## speed there, beside Linux's and QEMU's back ends (XEN_BENCH="--quick")
+xen-bench: ## speed there, beside Linux's and QEMU's back ends (XEN_BENCH="--quick net")
 	$(PYTHON) tools/xen/lab.py bench $(XEN_BENCH)
 
 xen-shell: ## a prompt in that dom0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import cProfile
 import signal
 
 from xenbus.bus.driver import back_driver, drivers
@@ -37,20 +36,13 @@ async def serve(kind: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.xen.serve", description=__doc__)
     parser.add_argument("kind", metavar="TYPE")
-    parser.add_argument("--profile", metavar="FILE", help="write cProfile's figures there")
     parser.add_argument("--polling", action="store_true", help="by the polling event loop")
     parser.add_argument("--no-persistent", action="store_true", help="each page is granted and mapped anew")
     options = parser.parse_args()
     if options.no_persistent:
         Xbbd.max_persistent_grants = 0
-    profile = cProfile.Profile() if options.profile else None
-    if profile is not None:
-        profile.enable()
     with asyncio.Runner(loop_factory=polling_loop if options.polling else None) as runner:
         runner.run(serve(options.kind))
-    if profile is not None:
-        profile.disable()
-        profile.dump_stats(options.profile)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ PACKAGES = (
     "xen-utils-4.17,xenstore-utils,kmod,iproute2,e2fsprogs,busybox-static,mount,nbdkit"
 )
 # What a named image has in dom0 besides; each is an image of its own.
-VARIANTS: dict[str, str] = {"": "", "bench": "qemu-system-xen,fio"}
+VARIANTS: dict[str, str] = {"": "", "bench": "qemu-system-xen,fio,iperf3"}
 DOM0_MODULES = (
     "xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-netback xen-blkfront "
     "loop tun nbd bridge virtio_pci virtio_blk ext4 crc32c_generic"

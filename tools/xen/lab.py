@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 TREES = ("src", "tests", "bench", "tools")
 RESULTS_SIZE = 256 << 20  # of the disk by which dom0 hands out its results; sparse
 LOST = 70  # sysexits.h, EX_SOFTWARE
-SECONDS = {"test": 900, "all": 3000, "bench": 900}  # that the tests may take in dom0
+SECONDS = {"test": 900, "all": 3000, "bench": 1500}  # that the tests may take in dom0
 END_SECONDS = 120  # for what comes before and after them
 PR_SET_PDEATHSIG = 1
 MACHINE = "-accel tcg,thread=multi -cpu qemu64,+svm -smp 2 -m 4096 -nic none -display none -no-reboot".split()
