@@ -181,6 +181,8 @@ class BackEnd(_Half, Generic[P]):
                 if parameters == self._parameters:
                     return
                 await self._give_back()  # it began anew, so fast that its Initialising was never seen
+                if dev.state is XenbusState.CONNECTED:
+                    await dev.set_state(XenbusState.INIT_WAIT)
             await self._open()
             self._parameters = parameters
             try:

@@ -232,6 +232,22 @@ def test_a_front_end_that_goes_back_and_stays_there():
     with_raw_front(check, front=Once)
 
 
+def test_other_rings_so_soon_that_xnb_saw_no_state_between():
+    """It is reset and Connected again before its Initialising is looked at: the new rings are served."""
+
+    async def check(r, front):
+        links = r.back._links
+        await front.initialise()
+        await until(lambda: r.back._links not in ([], links) and r.back.cable.connected)
+        await r.states(S.CONNECTED, S.CONNECTED)
+        front.data.view[:60] = frame()
+        front.put()
+        front.push()
+        assert await front.answered(1) == [(0, 0)]
+
+    with_raw_front(check)
+
+
 class Hasty(RawFront):
     """As mini-os's netfront: it waits for no offer, needs one port, and closes in its own order."""
 
