@@ -66,7 +66,9 @@ async def between(name: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", CASES)
 def test_between_kernels(name):
     counted = netlab.run(between, name)
-    assert {key: value for key, value in counted.items() if value and key != "gso"} == {}
     front, back, _ = CASES[name]
+    # A front that never says that there is room is given up, and found to have some with the next packet.
+    expected = {"gso"} if front.get("rx_notify", True) else {"gso", "stalls"}
+    assert {key: value for key, value in counted.items() if value and key not in expected} == {}
     offloads = {"sg", "csum", "gso_tcpv4"}
     assert bool(counted["gso"]) is not bool(offloads & {*front, *back}), counted
