@@ -12,6 +12,7 @@ from tests.support.vif import frame, rig
 from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn, netif
 from xenbus.drivers.net.netif import RX_EXTRA_INFO, RX_MORE_DATA
+from xenbus.drivers.net.xn_rx import BATCH, WORK_PER_WAKEUP
 from xenbus.errors import HypervisorError
 from xenbus.hypervisor.limits import Limits
 from xenbus.ring.shared import RSP_PROD
@@ -140,6 +141,43 @@ def test_a_packet_that_never_ends_ends_the_device():
         await back.give(*((n, 0, RX_MORE_DATA, 10) for n in range(32)))
         await until(lambda: r.front_dev.state in (S.CLOSING, S.CLOSED))
         assert "does not end" in await r.error_of(r.fnode)
+
+    with_raw_back(check)
+
+
+def test_a_back_end_that_goes_on_while_it_is_served_does_not_keep_the_loop():
+    """Another CPU answers as fast as we post."""
+
+    async def check(r, back):
+        await back.fill(0, frame(60))  # whatever is in the others
+        loop, taken, turns = asyncio.get_running_loop(), 0, [0]
+        real = r.near.send
+
+        def more():
+            back.kicked()
+            for slot, _ in back.posted if taken < 5000 else ():
+                back.rx.put_response(netif.RX_RESPONSE.pack(slot, 0, 0, 60))
+            back.posted.clear()
+            back.rx.push_responses()
+
+        def send(packets):
+            nonlocal taken
+            taken += len(packets)
+            turns[-1] += len(packets)
+            more()
+            return real(packets)
+
+        def turn():
+            turns.append(0)
+            if taken < 5000:
+                loop.call_soon(turn)
+
+        r.near.send = send
+        loop.call_soon(turn)
+        more()
+        back.channel.notify()
+        await until(lambda: taken >= 5000)
+        assert max(turns) <= WORK_PER_WAKEUP + BATCH
 
     with_raw_back(check)
 

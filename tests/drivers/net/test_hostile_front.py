@@ -120,6 +120,25 @@ def test_pages_to_receive_into_that_were_never_granted():
     with_raw_front(check)
 
 
+def test_a_page_to_receive_into_may_be_granted_later():
+    async def check(r, front):
+        ref = front.data.refs[-1] + 1
+        front.post(0, ref=ref)
+        front.push()
+        await r.far.put(frame(60))
+        await until(lambda: len(front.received) == 1)
+        assert front.received[0][3] == NETIF_RSP_ERROR
+        pages = await front.dev.grant_ring(1)
+        assert pages.refs == (ref,)
+        front.post(0, ref=ref)
+        front.push()
+        await r.far.put(frame(61, 3))
+        await until(lambda: len(front.received) == 2)
+        assert bytes(pages.view[:61]) == frame(61, 3)
+
+    with_raw_front(check)
+
+
 def test_ever_new_pages_are_not_all_kept():
     """A front that names other pages each time: what is mapped for it is bounded."""
 
