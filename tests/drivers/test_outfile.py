@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 
 import pytest
+from tests.support.until import descriptors
 
+from xenbus.drivers import outfile
 from xenbus.drivers.console.logfile import LogFile
 from xenbus.drivers.net.capture import PcapngWriter
 from xenbus.drivers.outfile import open_for_writing
@@ -63,6 +66,23 @@ def test_a_file_has_one_writer(writer, other, tmp_path):
     assert path.read_bytes() == before  # not emptied either
     one.close()
     other(path).close()
+
+
+@pytest.mark.parametrize(
+    ("number", "opens"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)]
+)
+def test_a_file_system_without_locks(number, opens, tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(outfile.fcntl, "flock", flock)
+    before = descriptors()
+    if opens:
+        os.close(open_for_writing(tmp_path / "it"))
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            open_for_writing(tmp_path / "it")
+    assert descriptors() == before
 
 
 def test_mode_and_what_is_kept(tmp_path):

@@ -10,6 +10,10 @@ import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import Final
+
+# What file systems answer that have no locks.
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def open_for_writing(path: Path, *, truncate: bool = False) -> int:
@@ -33,6 +37,9 @@ def open_for_writing(path: Path, *, truncate: bool = False) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another device writes this file") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if truncate:
             os.ftruncate(fd, 0)
     except BaseException:

@@ -239,6 +239,16 @@ def test_parameters_that_make_no_sense(lies, says):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("key", ["event-channel-tx", "event-channel-rx"])
+def test_half_a_pair_of_ports_is_none(key):
+    """As with netback: then the one port serves both directions."""
+
+    async def check(r, front):
+        await still_serves(r, front)
+
+    with_raw_front(check, front=lying(lies={key: "event-channel"}))
+
+
 def test_a_ring_that_is_never_refilled():
     """The guest takes three packets and no more: what waits is dropped, until it takes some again."""
 
