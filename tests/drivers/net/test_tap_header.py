@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 
@@ -13,7 +14,7 @@ from tests.support.until import until
 
 from xenbus.drivers.net.packet import ALL, PLAIN, Gso, Offloads, Packet
 from xenbus.drivers.net.ports import tun
-from xenbus.drivers.net.ports.schemes.tap import TapOptions, TapPort
+from xenbus.drivers.net.ports.schemes.tap import BATCH, TapOptions, TapPort
 
 NEEDS_CSUM, DATA_VALID = 1, 2
 TCPV4, UDP, TCPV6, UDP_L4, ECN = 1, 3, 4, 5, 0x80
@@ -80,6 +81,28 @@ def test_what_the_kernel_says_of_a_packet(flags, kind, size, packet):
         await until(lambda: len(driver.got) == len(wanted))
         assert driver.got == wanted
         assert port.counters()["rx_dropped"] == (packet is None)
+
+    with_port(check)
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(9), bytes(10), bytes(23), bytes(24)])
+def test_what_has_no_header_or_nothing_behind_it_is_dropped(raw):
+    """However much of it there is: the loop has its turn after a batch, and what follows is read."""
+
+    async def check(port, kernel, driver):
+        last = Packet(ether(ipv4(udp(b"last"), 17)))
+        kernel.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 200:
+                kernel.send(raw)
+                sent += 1
+        kernel.settimeout(5)
+        port._readable(port._device.fds[0])
+        assert port.counters()["rx_dropped"] == min(sent, BATCH)
+        await until(lambda: port.counters()["rx_dropped"] == sent)
+        kernel.send(bytes(10) + last.data)
+        await until(lambda: driver.got == [last])
 
     with_port(check)
 

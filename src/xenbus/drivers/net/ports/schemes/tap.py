@@ -290,7 +290,9 @@ class TapPort:
         view, slab, at, readv, size = self._view, self._slab, 0, os.readv, HEADER.size
         packets: list[Packet] = []
         try:
-            while len(packets) < BATCH and at + _ROOM <= _SLAB:
+            for _ in range(BATCH):
+                if at + _ROOM > _SLAB:
+                    break
                 length = readv(fd, (view[at : at + _ROOM],))
                 if length <= size + ETH_HLEN:
                     self.rx_dropped += 1
