@@ -532,6 +532,33 @@ def test_a_front_that_flooded_is_listened_to_when_the_time_is_over(monkeypatch):
     run(test, Liar)
 
 
+def test_a_guest_that_ends_has_said_all_it_wrote():
+    """Much more than the ring holds."""
+
+    async def test(made: Rig):
+        await made.connected()
+        back = made.back
+        await made.stream.write(bytes(30_000))
+        assert back.rx_bytes < 30_000
+        await made.guest.front.detach()
+        assert back.rx_bytes == 30_000
+
+    run(test)
+
+
+def test_no_node_is_made_where_the_front_end_was():
+    async def test(made: Rig):
+        front = made.spec.paths.front
+        await write_device(made.world.tool, made.spec)
+        await made.world.tool.rm(front)
+        await until(lambda: made.dom0.back.devices and made.back.sysctl()["tty"]())
+        await until(lambda: made.back_dev.mailbox.idle)
+        assert not await made.world.tool.exists(front)
+        await made.gone(force=True)
+
+    run(test)
+
+
 def test_the_last_words_of_a_guest_are_read_though_nobody_kicked():
     """One that is killed, or crashes, comes to no event."""
 
