@@ -34,6 +34,8 @@ from xenbus.hypervisor.limits import check_domid
 from xenbus.hypervisor.linux_channels import LinuxChannel, PortTable
 from xenbus.hypervisor.memory import Region
 
+# Pieces that one system call of `copy_run` copies at most.
+SEGMENTS = 512
 # Xen names a page that may not be used by one number or the other, depending on how far it looked.
 _PROBE_ERRORS = {GNTST_bad_gntref: "ENOENT", GNTST_bad_domain: "ENOENT"}
 
@@ -69,6 +71,7 @@ class LinuxHypervisor(Handle):
         self._granted_pages = 0
         self._mapped_pages = 0
         self._ports = PortTable()
+        self._segments: Region | None = None  # what `copy_run` tells the kernel
         self._closed = False
 
     def held(self) -> Held:
@@ -223,26 +226,41 @@ class LinuxHypervisor(Handle):
     def copy_run(
         self, domid: int, pieces: Sequence[tuple[int, int, int]], region: Region, *, to_remote: bool
     ) -> bool:
-        """PageCopier: one system call for all of it."""
+        """PageCopier: one system call for SEGMENTS of them."""
         self._check_open()
-        size, at = abi.COPY_SEGMENT_SIZE, region.address
-        segments = bytearray(size * len(pieces))
-        for number, (ref, offset, length) in enumerate(pieces):
-            if to_remote:
-                values = (at, ref, offset, domid, length, abi.GNTCOPY_dest_gref, 0)
-                abi.COPY_OUT.pack_into(segments, size * number, *values)
-            else:
-                values = (ref, offset, domid, at, length, abi.GNTCOPY_source_gref, 0)
-                abi.COPY_IN.pack_into(segments, size * number, *values)
-            at += length
-        kept: list[object] = []
-        argument = abi.GRANT_COPY.pack(len(pieces), _address(segments, kept))
+        if self._segments is None:
+            self._segments = Region(SEGMENTS * abi.COPY_SEGMENT_SIZE, shared=False)
+        at = region.address
+        for start in range(0, len(pieces), SEGMENTS):
+            part = pieces[start : start + SEGMENTS]
+            if not self._copy_part(domid, part, at, self._segments, to_remote):
+                return False
+            at += sum([length for _, _, length in part])
+        return True
+
+    def _copy_part(
+        self, domid: int, pieces: Sequence[tuple[int, int, int]], at: int, segments: Region, to_remote: bool
+    ) -> bool:
+        view, size, end = segments.view, abi.COPY_SEGMENT_SIZE, 0
+        if to_remote:
+            pack, flag = abi.COPY_OUT.pack_into, abi.GNTCOPY_dest_gref
+            for ref, offset, length in pieces:
+                pack(view, end, at, ref, offset, domid, length, flag, 0)
+                at += length
+                end += size
+        else:
+            pack, flag = abi.COPY_IN.pack_into, abi.GNTCOPY_source_gref
+            for ref, offset, length in pieces:
+                pack(view, end, ref, offset, domid, at, length, flag, 0)
+                at += length
+                end += size
+        argument = abi.GRANT_COPY.pack(len(pieces), segments.address)
         try:
             abi.call(self._device(abi.GNTDEV), abi.IOCTL_GNTDEV_GRANT_COPY, argument, "grant copy")
         except HypervisorError:
             return False
-        status = abi.COPY_END + abi.COPY_TAIL.size - 4  # of each segment, before its padding
-        return not any(segments[at : at + 2] != b"\0\0" for at in range(status, len(segments), size))
+        # grant_table.h: GNTST_* are from -14 to 0, so that the lower byte says whether it is 0.
+        return not any(view[:end].tobytes()[abi.COPY_STATUS :: size])
 
     # -- event channels
 
@@ -274,6 +292,9 @@ class LinuxHypervisor(Handle):
         self._mapped.clear()
         self._granted.clear()
         self._mapped_pages = self._granted_pages = 0
+        if self._segments is not None:
+            self._segments.close()
+            self._segments = None
         for fd in self._fds.values():  # gntdev.c, gntalloc.c: and with it whatever was still in their lists
             os.close(fd)
         self._fds.clear()

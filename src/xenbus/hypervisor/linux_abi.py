@@ -48,6 +48,7 @@ COPY_OUT: Final = struct.Struct("=QIHHHHh2x")
 COPY_TAIL: Final = struct.Struct("=HHh2x")
 COPY_DEST: Final = 8
 COPY_END: Final = 16
+COPY_STATUS: Final = 20  # where the status is, of two bytes
 COPY_SEGMENT_SIZE: Final = 24
 GNTCOPY_source_gref: Final = 1
 GNTCOPY_dest_gref: Final = 2

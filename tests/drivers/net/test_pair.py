@@ -13,6 +13,7 @@ from xenbus.bus import XenbusState
 from xenbus.drivers.net import Gso, Packet, Xn, Xnb
 from xenbus.drivers.net.packet import ALL, PLAIN, Link, Offloads
 from xenbus.errors import DeadlineError, LinkDown, UsageError
+from xenbus.hypervisor.embedded import EmbeddedHypervisor
 
 S = XenbusState
 pytestmark = pytest.mark.usefixtures("either_way")
@@ -115,6 +116,36 @@ def test_gso(size, gso):
         for back in (False, True):
             packet = long_packet(size, gso)
             assert await r.exchange(packet, back=back) == packet
+
+    with_rig(check)
+
+
+def test_a_batch_for_the_guest_is_copied_in_runs(either_way, monkeypatch):
+    """Packets of one page, and longer ones, in their order; one copy for a run of either kind."""
+    copies = []
+    if either_way == "copied":
+        copy_run = EmbeddedHypervisor.copy_run
+
+        def counted(*args, to_remote):
+            if to_remote:
+                copies.append(len(args[2]))
+            return copy_run(*args, to_remote=to_remote)
+
+        monkeypatch.setattr(EmbeddedHypervisor, "copy_run", counted)
+
+    async def check(r):
+        batch = [
+            Packet(frame(60)),
+            long_packet(9000),
+            long_packet(5000),
+            Packet(frame(61)),
+            Packet(frame(62)),
+        ]
+        batch.append(long_packet(7000, Gso.TCPV6))
+        assert r.back.cable.send(batch) == len(batch)
+        assert copies == ([1, 5, 2, 2] if either_way == "copied" else [])
+        assert [await r.near.get(5) for _ in batch] == batch
+        assert r.back.counters.tx_packets == len(batch)
 
     with_rig(check)
 

@@ -84,8 +84,8 @@ class Extra:
     address: bytes = b""
 
 
-def gso_extra(gso: Gso, gso_size: int) -> bytes:
-    """The extra info of a packet to be segmented."""
+def gso_extra(gso: int, gso_size: int) -> bytes:
+    """The extra info of a packet to be segmented. gso: a Gso"""
     return EXTRA_GSO.pack(EXTRA_TYPE_GSO, 0, gso_size, gso, 0)
 
 

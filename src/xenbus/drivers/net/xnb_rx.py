@@ -24,7 +24,7 @@ from xenbus.drivers.net.netif import (
     RX_RESPONSE,
     RX_SLOT_SIZE,
 )
-from xenbus.drivers.net.packet import ETH_HLEN, Gso, Link, Packet
+from xenbus.drivers.net.packet import ETH_HLEN, MAX_FRAME, Link, Packet
 from xenbus.drivers.net.xnb_multicast import MulticastFilter
 from xenbus.drivers.net.xnb_pages import BUFFER, Buffer, Pages, Piece, Posted
 from xenbus.drivers.net.xnb_ring import GuestRing
@@ -150,7 +150,10 @@ class RxQueue(GuestRing):
             counters.tx_dropped += len(packets)
             return len(packets)
         filters = self._multicast.on
-        plain: list[Posted] = []  # a run of packets of one page each
+        # A run of packets of one page each, or of longer ones: what is copied at once. One of both is empty.
+        plain: list[Posted] = []
+        long: list[tuple[Sequence[Piece], Buffer]] = []
+        answers: list[_Answer] = []
         taken = room = 0
         for packet in packets:
             data = packet.data
@@ -160,6 +163,9 @@ class RxQueue(GuestRing):
             elif ETH_HLEN <= size <= longest and not packet.gso:
                 if not posted and not self._room_for(1):
                     break
+                if long:
+                    self._finish(long, answers)
+                    long, answers, room = [], [], 0
                 ident, ref = posted.popleft()
                 flags = 3 if packet.csum_blank else RX_DATA_VALIDATED if packet.data_validated else 0
                 plain.append((ref, ident, flags, size, data))
@@ -173,12 +179,17 @@ class RxQueue(GuestRing):
                 slots = netif.data_slots(size) + bool(packet.gso)
                 if not self._room_for(slots):
                     break
-                self._finish_plain(plain)
-                plain, room = [], 0
+                if plain or room > BUFFER - MAX_FRAME:
+                    self._finish_plain(plain)
+                    self._finish(long, answers)
+                    plain, long, answers, room = [], [], [], 0
                 pieces, answer = self._long(packet, slots)
-                self._finish(((pieces, data),), (answer,))
+                long.append((pieces, data))
+                answers.append(answer)
+                room += size
             taken += 1
         self._finish_plain(plain)
+        self._finish(long, answers)
         self._push()
         if taken < len(packets) and self._over:
             counters.tx_dropped += len(packets) - taken
@@ -211,6 +222,8 @@ class RxQueue(GuestRing):
 
     def _finish(self, out: Sequence[tuple[Sequence[Piece], Buffer]], answers: Sequence[_Answer]) -> None:
         """Copy, answer."""
+        if not out:
+            return
         ring, counters, pack = self._ring, self._counters, RX_RESPONSE.pack_into
         slots, sent, octets = ring.answers, 0, 0
         for (_, data), done, answer in zip(out, self._pages.store(out), answers, strict=True):
@@ -222,7 +235,7 @@ class RxQueue(GuestRing):
             at = ring.claim_answers(len(answer))
             for ident, flags, size in answer:
                 if ident < 0:
-                    slots[at : at + EXTRA_SIZE] = netif.gso_extra(Gso(flags), size)
+                    slots[at : at + EXTRA_SIZE] = netif.gso_extra(flags, size)
                 else:
                     pack(slots, at, ident, 0, flags, size if done else NETIF_RSP_ERROR)
                 at += RX_SLOT_SIZE
