@@ -131,7 +131,8 @@ def test_a_full_disk_ends_the_capture_and_not_the_traffic(tmp_path, caplog):
         ("capture=/nowhere/x", "ENOENT"),
         ("capture=/tmp/x&capture-max=lots", "no size"),
         ("capture=/tmp/x&capture-max=10", "from 4096"),
-        ("capture-max=x&colour=red", "unknown option colour"),
+        ("capture=/tmp/x&colour=red", "unknown option colour"),
+        ("capture-max=64M", "goes with capture=FILE"),
     ],
 )
 def test_what_is_refused_leaves_no_port(options, text, tmp_path):

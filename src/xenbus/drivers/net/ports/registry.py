@@ -46,6 +46,8 @@ async def open_port(target: str) -> Port:
     """
     parsed = parse_target(target)
     capture, limit = parsed.options.pop("capture", ""), parsed.options.pop("capture-max", "")
+    if limit and not capture:
+        raise UsageError(f"{target}: capture-max goes with capture=FILE")
     port = await _schemes.open(parsed)
     if not capture:
         return port
