@@ -259,7 +259,7 @@ class LinuxHypervisor(Handle):
             abi.call(self._device(abi.GNTDEV), abi.IOCTL_GNTDEV_GRANT_COPY, argument, "grant copy")
         except HypervisorError:
             return False
-        # grant_table.h: GNTST_* are from -14 to 0, so that the lower byte says whether it is 0.
+        # grant_table.h: GNTST_* are from -13 to 0, so that the lower byte says whether it is 0.
         return not any(view[:end].tobytes()[abi.COPY_STATUS :: size])
 
     # -- event channels
