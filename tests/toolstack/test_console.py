@@ -140,6 +140,14 @@ def test_whose_terminal_and_that_it_is_another_one():
             assert not waiting.done()
             await store.write(f"{BACK}/tty", "/dev/pts/3")
             assert await waiting == "/dev/pts/3"
+            # Whoever gives up in the middle of it leaves it to the next one.
+            await store.write(f"{BACK}/tty", "/dev/pts/4")
+            for _ in range(3):
+                waiting = asyncio.create_task(path())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            assert await path() == "/dev/pts/4"
             await remove_device(store, spec.paths)
             with pytest.raises(NoEntry):
                 await path()

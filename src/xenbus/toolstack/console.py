@@ -115,6 +115,9 @@ class TerminalNode:
                 except NoEntry:  # with its device, or not written yet
                     if not await store.exists(self.node.rpartition("/")[0]):
                         raise
+                except asyncio.CancelledError:
+                    written.set()  # it was not looked at
+                    raise
 
         try:
             yield path
