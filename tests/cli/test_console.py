@@ -180,10 +180,7 @@ def test_after_a_stop_it_is_raw_again(guest):
         window.process.send_signal(signal.SIGSTOP)
         termios.tcsetattr(window.slave, termios.TCSANOW, window.before)
         window.process.send_signal(signal.SIGCONT)
-        end = time.monotonic() + PATIENCE
-        while not window.is_raw():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        window.wait_raw()
         window.type(b"\x1d")
         assert window.ended() == 0
 

@@ -60,6 +60,13 @@ class Window:
     def is_raw(self) -> bool:
         return not termios.tcgetattr(self.slave)[3] & termios.ICANON
 
+    def wait_raw(self) -> None:
+        """Until the program passes on every key."""
+        end = time.monotonic() + self.patience
+        while not self.is_raw():
+            assert time.monotonic() < end and self.process.poll() is None, self.seen
+            time.sleep(0.01)
+
     def ended(self) -> int:
         """Its exit code, once the terminal is as it was."""
         code = self.process.wait(self.patience)

@@ -173,8 +173,14 @@ def in_a_window(daemon: Daemon) -> None:
         assert window.ended() == 0
     with Window(CONSOLE, environment(daemon.run), WAIT) as window:
         window.see(b"^] leaves")
-        window.type(b"echo [again $answer]; exit\r")
+        window.type(b"echo [again $answer]\r")
         window.see(b"[again 42]\r\n")
+        window.type(b"\x1d")
+        assert window.ended() == 0
+    with Window(["xl", "console", "-t", "pv", "-n", "1", "guest"], patience=WAIT) as window:
+        window.wait_raw()
+        window.type(b"echo [for xl $answer]; exit\r")
+        window.see(b"[for xl 42]\r\n")
         window.type(b"\x1d")
         assert window.ended() == 0
 
