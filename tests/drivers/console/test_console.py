@@ -1,8 +1,10 @@
 """xc and xcb together: bytes both ways, who is slow, who lies, who goes and comes back."""
 
 import asyncio
+import os
 import random
 import stat
+from contextlib import suppress
 
 import pytest
 from tests.support.consoles import Operator, Rig, log_of, rig
@@ -11,7 +13,8 @@ from tests.support.until import descriptors, until
 
 from xenbus.bus import Settings, Side, XenbusDriver
 from xenbus.bus import XenbusState as S
-from xenbus.drivers.console import Xc, Xcb, link
+from xenbus.cli.attachment import open_terminal
+from xenbus.drivers.console import Xc, Xcb, link, terminal
 from xenbus.drivers.console.consif import LIMIT, ConsoleRing
 from xenbus.drivers.console.stream import BUFFER
 from xenbus.drivers.console.terminal import TYPED_MAX
@@ -128,8 +131,8 @@ def test_a_guest_that_does_not_read_holds_the_one_who_types():
             # Stream, ring, what the back end keeps, the PTY: nothing else holds any.
             assert typed < BUFFER + 1024 + 4096 + 64 * 1024
             assert made.stream.room() == 0
-            terminal = made.back._terminal
-            assert len(terminal.keys) == TYPED_MAX and not terminal._reading  # the PTY is left alone
+            its = made.back._terminal
+            assert len(its.keys) == TYPED_MAX and not its._reading  # the PTY is left alone
             read = b""
             while len(read) < typed:
                 read += await made.stream.read()
@@ -175,6 +178,50 @@ def test_a_writer_without_a_reader_has_a_deadline():
         assert made.stream.try_write(b"x") == 0
 
     run(test, Xc, None)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_last_words_are_heard_by_who_is_attached(handed_over, monkeypatch):
+    """More than the PTY holds, read slowly, when the console goes or its process does."""
+    monkeypatch.setattr(terminal, "LAST_WORDS", 20.0)
+    said = random.Random(8).randbytes(100_000)
+
+    async def test(made: Rig):
+        await made.connected()
+        fd = open_terminal(made.back.sysctl()["tty"](), ours=True)
+        await made.stream.write(said)
+        await made.stream.drain()
+        ending = asyncio.create_task(made.dom0.back.release() if handed_over else made.gone())
+        heard = b""
+        while len(heard) < len(said):
+            await asyncio.sleep(0.001)
+            with suppress(BlockingIOError):
+                heard += os.read(fd, 1000)
+        assert heard == said
+        await ending
+        os.close(fd)
+        if handed_over:
+            await made.dom0.store.close()
+            await made.dom0.start(Settings(callback=5.0, detach=2.0, boot=2.0), inherits=True)
+            await made.dom0.back.attach()
+            await made.gone()
+
+    run(test)
+
+
+def test_who_is_attached_and_reads_nothing_holds_no_detach_up(monkeypatch):
+    monkeypatch.setattr(terminal, "LAST_WORDS", 0.05)
+
+    async def test(made: Rig):
+        await made.connected()
+        fd = open_terminal(made.back.sysctl()["tty"](), ours=True)
+        await made.stream.write(bytes(100_000))
+        await made.stream.drain()
+        await made.gone()
+        assert not os.read(fd, 1)
+        os.close(fd)
+
+    run(test)
 
 
 def test_the_log_has_everything_and_is_bounded(tmp_path):

@@ -5,10 +5,12 @@ Knows the loop and a PTY. A terminal that nobody reads loses what is oldest, and
 
 from __future__ import annotations
 
+import array
 import asyncio
 import fcntl
 import os
 import struct
+import termios
 import tty
 from collections.abc import Callable
 
@@ -16,6 +18,7 @@ from xenbus.drivers.console.consif import LIMIT
 from xenbus.errors import XenbusError
 
 _CHUNK = 4096
+LAST_WORDS = 0.5  # seconds
 TYPED_MAX = 4096  # bytes that wait for the guest: then the PTY is not read, and its writers wait
 
 
@@ -117,6 +120,28 @@ class Terminal:
                 self._loop.add_writer(self._master, self._write)
             else:
                 self._loop.remove_writer(self._master)
+
+    async def last_words(self) -> None:
+        """Until whoever is attached has read all, or has had LAST_WORDS for it: `close` takes it away."""
+        end = self._loop.time() + LAST_WORDS
+        while self._unread() and self._loop.time() < end:  # noqa: ASYNC110 - a PTY that is empty says nothing
+            await asyncio.sleep(0.005)
+
+    def _unread(self) -> bool:
+        if self._master < 0 or not self._attached():
+            return False
+        count = array.array("i", [0])
+        fcntl.ioctl(self._slave, termios.FIONREAD, count)
+        return bool(self._waiting or count[0])
+
+    def _attached(self) -> bool:
+        """Whether a `xenbus console` has it."""
+        try:
+            fcntl.flock(self._slave, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._slave, fcntl.LOCK_UN)
+        return False
 
     def close(self) -> None:
         """Whoever is attached sees it hang up. Idempotent."""

@@ -150,7 +150,10 @@ class Xcb(BackEnd[tuple[int, int]]):
         self._opened = False
         terminal, self._terminal = self._terminal, None
         if terminal is not None:
-            terminal.close()
+            try:
+                await terminal.last_words()
+            finally:
+                terminal.close()
         log, self._log = self._log, None
         if log is not None:
             log.close()
