@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,13 +26,14 @@ ATTACH = ("attach", "net", "--domain", "guest", "--bridge", BRIDGE, "--mac", MAC
 
 
 def run(test):
-    """With the store; ports and back ends are as before when it ends."""
+    """With the store; ports, back ends and interfaces are as before when it ends."""
 
     async def main():
         async with await Client.connect(STORE) as store:
-            ports = dom0_ports()
+            ports, links = dom0_ports(), socket.if_nameindex()
             await test(store)
             assert dom0_ports() == ports
+            assert socket.if_nameindex() == links
             for kind in ("vif", "xnb"):
                 path = f"backend/{kind}"
                 assert not await store.exists(path) or not await store.directory(path)
@@ -241,3 +243,41 @@ def test_what_xnb_offers(tmp_path):
                 await nic.vanish()
 
     asyncio.run(main())
+
+
+_SET = """
+for name, value in given:
+    setattr(Xn, name, value)
+"""
+_LOOK = """
+from tests.support.nics import Seen
+xn = runtime.buses[0].devices["device/vif/0"].driver
+seen = Seen(xn.cable)
+"""
+
+
+@pytest.mark.features
+def test_what_xn_offers(tmp_path):
+    """The same of our front end: netback keeps to it."""
+
+    async def test(store, nic, back, here):
+        guest = nic.guest
+        await nic.start()
+        for name, offer in OFFERS.items():
+            await xl("network-detach", guest.name, "0")
+            await nic.vanish()
+            attributes = [(key, key not in offer.off) for key in ALL]
+            attributes += [("num_queues", offer.queues), ("split_event_channels", offer.split)]
+            await guest.call(_SET, given=attributes)
+            await xl("network-attach", guest.name, *vif(MAC).split(","))
+            await nic.appear()
+            await guest.call(_LOOK)
+            await nic.transfer(here)
+            await nic.transfer(here, DOM0_IPV6)
+            offer.check(name, set(await guest.call("sorted(seen.used)")))
+            assert (name, await guest.call('xn.sysctl()["queues"]()')) == (name, offer.queues)
+            assert await guest.call("xn.counters.rx_errors + xn.counters.tx_errors") == 0, name
+            assert await store.exists(transport(f"/local/domain/{guest.domid}/device/vif/0", offer)), name
+        await nic.end()
+
+    paired(python_guest, Netback, tmp_path, test)
