@@ -127,6 +127,11 @@ class Xnb:
         async with serving(self.run, "--claim", "vif", "--verbose") as self.daemon:
             yield
 
+    async def kill_and_start(self) -> None:
+        assert self.daemon is not None
+        await self.daemon.kill()
+        await self.daemon.start()
+
 
 class Netback:
     """Linux's own, which is unloaded afterwards: it would have every vif."""
@@ -240,9 +245,9 @@ class Nic:
         here.stop.clear()
 
 
-def vif(mac: str, mtu: int = 1500) -> str:
+def vif(mac: str, mtu: int = 1500, script: str = SCRIPT) -> str:
     """A line of an xl configuration's `vif`."""
-    return f"mac={mac},bridge={BRIDGE},script={SCRIPT}" + (f",mtu={mtu}" if mtu != 1500 else "")
+    return f"mac={mac},bridge={BRIDGE},script={script}" + (f",mtu={mtu}" if mtu != 1500 else "")
 
 
 class Seen:

@@ -57,11 +57,10 @@ async def life(tmp_path, nic: Nic, back: Back, here: Station) -> None:
     await guest.restore(tmp_path / "saved")
     await here.progress()
     if isinstance(back, Xnb):  # a kernel is not killed
-        assert back.daemon is not None
         for _ in range(2):
-            await back.daemon.kill()
-            await back.daemon.start()
+            await back.kill_and_start()
             await here.progress()
+        assert back.daemon is not None
         assert back.daemon.log.read_text().count("goes on for a process that ended") == 2
     await nic.unload(here)
     await nic.ping()
@@ -76,15 +75,15 @@ pairings = pytest.mark.parametrize(
 )
 
 
-def paired(make, kind, tmp_path, test, mtu=1500):
-    """`test(store, nic, back, here)` with the guest, its driver not loaded yet."""
+def paired(make, kind, tmp_path, test, mtu=1500, **more):
+    """`test(store, nic, back, here)` with the guest, its driver not loaded yet. more: see vif"""
     back = kind(tmp_path / "run")
 
     async def with_store(store):
         async with (
             station(mtu) as here,
             back.up(),
-            make(store, "guest", config=f"vif={[vif(MAC, mtu)]!r}") as guest,
+            make(store, "guest", config=f"vif={[vif(MAC, mtu, **more)]!r}") as guest,
         ):
             await test(store, Nic(guest), back, here)
 
@@ -111,6 +110,22 @@ def test_mtu_9000(tmp_path, make, kind):
         await nic.end()
 
     paired(make, kind, tmp_path, test, 9000)
+
+
+@pytest.mark.features
+def test_xens_own_script(tmp_path):
+    """`vif-bridge`, as an xl configuration that names no script has it."""
+
+    async def test(store, nic, back, here):
+        await nic.start()
+        await nic.appear()
+        await nic.load(here)
+        await back.kill_and_start()
+        await here.progress()
+        await nic.unload(here)
+        await nic.end()
+
+    paired(xl_guest, Xnb, tmp_path, test, script="vif-bridge")
 
 
 @pytest.mark.features
