@@ -245,9 +245,9 @@ class Nic:
         here.stop.clear()
 
 
-def vif(mac: str, mtu: int = 1500, script: str = SCRIPT) -> str:
+def vif(mac: str, mtu: int = 1500, script: str = SCRIPT, more: str = "") -> str:
     """A line of an xl configuration's `vif`."""
-    return f"mac={mac},bridge={BRIDGE},script={script}" + (f",mtu={mtu}" if mtu != 1500 else "")
+    return f"mac={mac},bridge={BRIDGE},script={script}{more}" + (f",mtu={mtu}" if mtu != 1500 else "")
 
 
 class Seen:

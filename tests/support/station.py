@@ -33,7 +33,7 @@ from xenbus.cli.demo.stack import (
     echo_request,
 )
 
-SIOCGIFHWADDR, SIOCGIFMTU, SIOCBRADDBR = 0x8927, 0x8921, 0x89A0
+SIOCGIFHWADDR, SIOCGIFMTU, SIOCSIFNAME, SIOCBRADDBR = 0x8927, 0x8921, 0x8923, 0x89A0
 # proc(5), /proc/net/snmp: a checksum that is wrong, a header that is none.
 _WRONG = ("InCsumErrors", "InHdrErrors", "TcpInErrs")
 
@@ -121,6 +121,9 @@ class Talker(Stack):
     def bridge(self, name: str) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, SIOCBRADDBR, name.encode().ljust(16, b"\0"))
+
+    def rename(self, device: str, name: str) -> None:
+        _request(SIOCSIFNAME, device, name.encode())
 
     def delete(self, device: str) -> None:
         """As `ip link del` (rtnetlink(7), RTM_DELLINK)."""

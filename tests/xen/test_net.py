@@ -114,7 +114,7 @@ def test_mtu_9000(tmp_path, make, kind):
 
 @pytest.mark.features
 def test_xens_own_script(tmp_path):
-    """`vif-bridge`, as an xl configuration that names no script has it."""
+    """`vif-bridge`, as an xl configuration that names no script has it; it renames the device."""
 
     async def test(store, nic, back, here):
         await nic.start()
@@ -124,8 +124,9 @@ def test_xens_own_script(tmp_path):
         await here.progress()
         await nic.unload(here)
         await nic.end()
+        assert "uplink0" in [name for _, name in socket.if_nameindex()]
 
-    paired(xl_guest, Xnb, tmp_path, test, script="vif-bridge")
+    paired(xl_guest, Xnb, tmp_path, test, script="vif-bridge", more=",vifname=uplink0")
 
 
 @pytest.mark.features

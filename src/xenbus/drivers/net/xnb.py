@@ -141,7 +141,7 @@ class Xnb(BackEnd[Parameters]):
         dev = self.dev
         if self.cable.port is not None:
             return
-        texts = ("mac", "script", "vifname", "handle", "rate", netif.PORT_KEY)
+        texts = ("mac", "script", HOTPLUG, "vifname", "handle", "rate", netif.PORT_KEY)
         said = await dev.gather(
             {**dict.fromkeys(texts, bytes.decode), "mtu": number32},
             {**dict.fromkeys(texts), "mtu": ETH_DATA_LEN},
@@ -160,9 +160,12 @@ class Xnb(BackEnd[Parameters]):
         target = said[netif.PORT_KEY]
         if target is None:
             handle = said["handle"] or dev.id.partition("/")[2]
-            name = said["vifname"] or f"vif{dev.otherend_id}.{handle}"
-            # The script puts it where it belongs once, so it has to outlive a process that is killed.
-            target = f"tap:{name}?keep=1" if self._scripted else "packet:"
+            name = f"vif{dev.otherend_id}.{handle}"
+            if said[HOTPLUG] == "connected":  # a former process's: the script has renamed it
+                name = said["vifname"] or name
+            # The script puts it where it belongs once, so it has to outlive a process that is killed. It is
+            # left down, as netback's is: Linux 6.1 renames nothing that is up.
+            target = f"tap:{name}?keep=1&up=0" if self._scripted else "packet:"
         self.cable.plug(await open_port(target))
 
     async def _close_far_side(self) -> None:

@@ -32,6 +32,7 @@ TUNSETIFF: Final = 0x400454CA
 TUNSETPERSIST: Final = 0x400454CB
 TUNSETOFFLOAD: Final = 0x400454D0
 TUNSETVNETHDRSZ: Final = 0x400454D8
+TUNGETIFF: Final = 0x800454D2
 TUNSETCARRIER: Final = 0x400454E2
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 _TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6 = 0x01, 0x02, 0x04
@@ -45,10 +46,13 @@ _ARPHRD_ETHER = 1
 BRIDGED_MAC: Final = b"\xfe\xff\xff\xff\xff\xff"
 
 
+def _name_in(ifreq: bytearray) -> str:
+    return os.fsdecode(bytes(ifreq[:IFNAMSIZ]).partition(b"\0")[0])
+
+
 class TunDevice:
     """An open TAP: `fds`, one a queue, non-blocking, each packet behind a virtio_net_hdr of `header` bytes.
 
-    name:   as the kernel has it
     target: as the user wrote it, for messages
     """
 
@@ -60,7 +64,7 @@ class TunDevice:
         # Stays in this namespace, whoever asks: what follows goes to the right device.
         self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            self.name = wanted
+            self._name = wanted
             flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
             for _ in range(queues):
                 self._open_queue(flags)
@@ -81,9 +85,19 @@ class TunDevice:
             fcntl.ioctl(fd, TUNSETIFF, request)
         except OSError as error:
             raise self._refused(error, _ATTACHING) from None
-        self.name = os.fsdecode(bytes(request[:IFNAMSIZ]).partition(b"\0")[0])  # `%d` has become a number
+        self._name = _name_in(request)  # `%d` has become a number
         # The legacy header, which each kernel has from the start: ten bytes in our own order.
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 10))
+
+    @property
+    def name(self) -> str:
+        """As the kernel has it now: hotplug scripts rename devices."""
+        if self.fds:
+            request = bytearray(_IFREQ_SIZE)
+            with suppress(OSError):  # not attached yet, or somebody deleted it
+                fcntl.ioctl(self.fds[0], TUNGETIFF, request)
+                self._name = _name_in(request)
+        return self._name
 
     def _refused(self, error: OSError, hints: dict[int, str]) -> PortError:
         number = error.errno or 0
