@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from tests.support.pair import SETTINGS, Pair
 from tests.support.split import Guest, World
-from tests.support.until import until
+from tests.support.until import descriptors, until
 from xenbus.bus import Settings, XenbusState
 from xenbus.drivers.console import Xc, Xcb
 from xenbus.toolstack.console import ConsoleSpec
@@ -117,3 +118,15 @@ def log_of(path: Path) -> bytes:
     """The log, what was rotated out first."""
     old = path.with_name(path.name + ".1")
     return (old.read_bytes() if old.exists() else b"") + path.read_bytes()
+
+
+def run(test: Callable[[Rig], Awaitable[None]], *drivers: Any, **options: Any) -> None:
+    """Everything is given back at the end: descriptors, too."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), rig(*drivers, **options) as made:
+            await test(made)
+
+    before = len(descriptors())
+    asyncio.run(main())
+    assert len(descriptors()) == before

@@ -7,7 +7,7 @@ import contextlib
 from typing import Any, ClassVar
 
 from tests.support.until import until
-from tests.support.vif import rig
+from tests.support.vif import frame, rig
 from xenbus.bus import XenbusDriver, XenbusState
 from xenbus.drivers.net import Xn, netif
 from xenbus.drivers.net.netif import RX_REQUEST, RX_RESPONSE, TX_REQUEST, TX_RESPONSE
@@ -109,6 +109,24 @@ class RawFront(XenbusDriver):
         """Until there are so many answers in all."""
         await until(lambda: len(self.answers) >= count)
         return self.answers
+
+
+async def still_serves(r: Any, front: RawFront) -> None:
+    """A good packet each way."""
+    before = len(front.answers)
+    front.data.view[:60] = frame(60, 9)
+    front.put(60, ident=9)
+    front.push()
+    assert (await r.far.get(5)).data == frame(60, 9)
+    assert (await front.answered(before + 1))[-1] == (9, netif.NETIF_RSP_OKAY)
+    front.post(31)
+    front.push()
+    got = len(front.received)
+    await until(lambda: r.back._links[0].rx._posted)
+    await r.far.put(frame(70, 8))
+    await until(lambda: len(front.received) > got)
+    assert front.received[-1][1:] == (0, 0, 70)
+    assert bytes(front.data.view[31 * 4096 : 31 * 4096 + 70]) == frame(70, 8)
 
 
 class RawBack(XenbusDriver):
