@@ -84,22 +84,23 @@ class AnswerRing(BackRing):
             raise JournalError(f"rsp_prod {stands} does not fit: the answers from {start} to {end} were made")
         self._put(start, end)
         fence.order_fence()
-        self.words[RSP_PROD] = self._published = self._checked = self.rsp_prod_pvt = self.req_cons = end
+        self.words[RSP_PROD] = self._published = self.rsp_prod_pvt = self.req_cons = end
 
     def claim_answers(self, count: int) -> int:
-        """Where in `answers` the next `count` responses go: fill them before `publish_responses`."""
+        """Where in `answers` the next `count` responses go: fill them before `push_responses`."""
         prod = self.rsp_prod_pvt
         if count > (self.req_cons - prod) & MASK:
             raise UsageError("a response without a request")
         self.rsp_prod_pvt = (prod + count) & MASK
         return ((prod - self._published) & MASK) * self.slot_size
 
-    def publish_responses(self) -> None:
+    def push_responses(self) -> bool:
         old, new = self._published, self.rsp_prod_pvt
-        if old != new:
-            self._span[0] = old << 32 | new
-            self._put(old, new)
-            super().publish_responses()
+        if old == new:
+            return False
+        self._span[0] = old << 32 | new
+        self._put(old, new)
+        return super().push_responses()
 
     def _put(self, start: int, end: int) -> None:
         slots, answers, step = self.slots, self.answers, self.slot_size

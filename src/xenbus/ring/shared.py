@@ -140,8 +140,7 @@ class FrontRing(SharedRing):
         if old == new:
             return False
         self._published = new
-        _publish(self.words, REQ_PROD, new)
-        return _awaited(self.words, REQ_EVENT, old, new)
+        return _publish(self.words, REQ_PROD, REQ_EVENT, old, new)
 
     def unconsumed_responses(self) -> int:
         """Responses that wait. RingError if there are more than requests that were published."""
@@ -186,13 +185,13 @@ class BackRing(SharedRing):
     request_size: how much of a slot is a request (default: all of it)
     """
 
-    __slots__ = ("_checked", "_published", "req_cons", "request_size", "rsp_prod_pvt")
+    __slots__ = ("_published", "req_cons", "request_size", "rsp_prod_pvt")
 
     def __init__(self, view: memoryview, slot_size: int, request_size: int | None = None) -> None:
         super().__init__(view, slot_size)
         self.request_size = slot_size if request_size is None else request_size
         # BACK_RING_ATTACH at rsp_prod: requests that a dead backend took and never answered come again.
-        self.rsp_prod_pvt = self.req_cons = self._published = self._checked = self.words[RSP_PROD]
+        self.rsp_prod_pvt = self.req_cons = self._published = self.words[RSP_PROD]
 
     def unconsumed_requests(self) -> int:
         """Requests that wait. RingError if there are more than the front has slots for."""
@@ -239,20 +238,11 @@ class BackRing(SharedRing):
 
     def push_responses(self) -> bool:
         """Publish what was put. True: notify the front (RING_PUSH_RESPONSES_AND_CHECK_NOTIFY)."""
-        self.publish_responses()
-        return self.front_waits()
-
-    def publish_responses(self) -> None:
-        """The first half of `push_responses`. A front that looks by itself finds them from here on."""
-        if self._published != self.rsp_prod_pvt:
-            self._published = self.rsp_prod_pvt
-            _publish(self.words, RSP_PROD, self.rsp_prod_pvt)
-
-    def front_waits(self) -> bool:
-        """The second half: whether to notify it of what was published since this was last asked."""
-        old, new = self._checked, self._published
-        self._checked = new
-        return old != new and _awaited(self.words, RSP_EVENT, old, new)
+        old, new = self._published, self.rsp_prod_pvt
+        if old == new:
+            return False
+        self._published = new
+        return _publish(self.words, RSP_PROD, RSP_EVENT, old, new)
 
     def final_check_for_requests(self) -> bool:
         """Before going to sleep. True: there is more (RING_FINAL_CHECK_FOR_REQUESTS). RingError."""
@@ -263,14 +253,10 @@ class BackRing(SharedRing):
         return self.unconsumed_requests() > 0
 
 
-def _publish(words: memoryview, prod: int, new: int) -> None:
+def _publish(words: memoryview, prod: int, event: int, old: int, new: int) -> bool:
     fence.order_fence()  # the peer sees the slots before the index
     words[prod] = new
     fence.full_fence()  # the peer sees the index before we look whether it sleeps
-
-
-def _awaited(words: memoryview, event: int, old: int, new: int) -> bool:
-    """Whether the peer asked to be notified of one of these that were published."""
     if not fence.FENCED:
         return True
     # `old` is our own copy: what stands in shared memory may be the peer's.

@@ -233,9 +233,10 @@ def test_with_none_that_fits_both_begin_anew(kept, what, text):
 def test_answers_that_were_made_and_not_given_are_given(kept, monkeypatch):
     """As a kill leaves them, right after the one store that makes them good."""
 
-    def publish(ring):
+    def push(ring):
         old, new = ring._published, ring.rsp_prod_pvt
         ring._span[0] = old << 32 | new
+        return False
 
     async def main():
         async with rig(RawFront, settings=kept) as r:
@@ -244,7 +245,7 @@ def test_answers_that_were_made_and_not_given_are_given(kept, monkeypatch):
             await r.far.linked(5)
             front = r.front
             with monkeypatch.context() as patched:
-                patched.setattr(AnswerRing, "publish_responses", publish)
+                patched.setattr(AnswerRing, "push_responses", push)
                 front.post(5)
                 for ident in (9, 8):
                     front.put(60, page=ident, ident=ident)

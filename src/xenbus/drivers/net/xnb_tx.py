@@ -136,7 +136,6 @@ class TxQueue(GuestRing):
         self._counters.rx_bytes += octets
         self._answer_plain(slots)
         self._cable.deliver(packets)
-        self._notify()
         return True
 
     def _chains(self, slots: bytes) -> bool:
@@ -185,7 +184,6 @@ class TxQueue(GuestRing):
         self._answer(chains)
         if packets:
             self._cable.deliver(packets)
-        self._notify()
 
     def _packet(self, chain: Chain, data: Buffer) -> Packet | None:
         flags = chain.flags
@@ -204,7 +202,7 @@ class TxQueue(GuestRing):
         halves = ring.halves
         halves[begin:end:columns] = memoryview(slots).cast("H")[_ID_COLUMN::columns]
         halves[begin + 1 : end : columns] = _OKAY[:count]
-        ring.publish_responses()
+        self._push()
 
     def _answer(self, chains: Sequence[Chain]) -> None:
         ring, pack = self._ring, TX_RESPONSE.pack_into
@@ -223,10 +221,8 @@ class TxQueue(GuestRing):
                 else:
                     pack(ring.answers, at, ident, status)
                 at += TX_SLOT_SIZE
-        ring.publish_responses()
+        self._push()
 
-    def _notify(self) -> None:
-        """After the packets are delivered: a front that is busy has found its answers by then, and an event
-        for nothing is one that Linux's netfront hears later and later (XEN_EOI_FLAG_SPURIOUS)."""
-        if self._ring.front_waits() and self._channel is not None:
+    def _push(self) -> None:
+        if self._ring.push_responses() and self._channel is not None:
             self._channel.notify()
