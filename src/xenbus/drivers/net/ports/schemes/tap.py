@@ -215,24 +215,31 @@ class TapPort:
         if not fds:
             return len(packets)
         fd, writev = fds[0], os.writev
-        for index, packet in enumerate(packets):
-            header = self._header_of(packet)
+        taken = sent = octets = 0
+        for packet in packets:
+            data = packet.data
+            if packet.csum_blank or packet.data_validated or packet.gso:
+                header = self._header_of(packet)
+            else:
+                header = _PLAIN_HEADER
             if header is None:
                 self.tx_dropped += 1
-                continue
-            data = packet.data
-            try:
-                writev(fd, (header, data))
-            except BlockingIOError:
-                self._wait_writable()
-                return index
-            except OSError as error:
-                # EIO: the device is down. EINVAL: the kernel finds the headers to be nonsense.
-                self._refused(error)
-                continue
-            self.tx_packets += 1
-            self.tx_bytes += len(data)
-        return len(packets)
+            else:
+                try:
+                    writev(fd, (header, data))
+                except BlockingIOError:
+                    self._wait_writable()
+                    break
+                except OSError as error:
+                    # EIO: the device is down. EINVAL: the kernel finds the headers to be nonsense.
+                    self._refused(error)
+                else:
+                    sent += 1
+                    octets += len(data)
+            taken += 1
+        self.tx_packets += sent
+        self.tx_bytes += octets
+        return taken
 
     def _header_of(self, packet: Packet) -> bytes | None:
         """None for a packet that says of itself what its headers do not. More of it the kernel checks."""
