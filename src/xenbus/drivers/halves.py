@@ -1,5 +1,5 @@
 """What the drivers of one side have in common, whatever the interface: BackEnd of those that serve a front,
-FrontEnd of those that are served.
+FrontEnd and QuietFrontEnd of those that are served.
 
 Knows states, deadlines and the order of things; knows no ring and no key. A driver need not be one of these:
 XenbusDriver is all that the bus asks for.
@@ -8,7 +8,7 @@ XenbusDriver is all that the bus asks for.
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from re import Pattern
 from typing import Any, ClassVar, Generic, TypeVar
@@ -32,7 +32,7 @@ PORT_TIMEOUT = 2.0
 P = TypeVar("P")
 
 
-class _Half(XenbusDriver):
+class _Half(XenbusDriver, ABC):
     """states: what a driver does about each state of its peer"""
 
     def __init__(self, dev: XenbusDevice) -> None:
@@ -324,3 +324,34 @@ class FrontEnd(_Half):
             await dev.wait_otherend(XenbusState.CLOSED, timeout=UNMAP_TIMEOUT)
         except (DeadlineError, LinkDown) as error:
             dev.log.warning("its pages are revoked though they may be mapped: %s", error)
+
+
+class QuietFrontEnd(FrontEnd):
+    """One whose callers wait for the next connection, and need not be told why this one closes."""
+
+    # -- what a driver has of its own
+
+    @abstractmethod
+    async def _stop(self) -> None:
+        """Nothing more goes out or comes in. The pages stay granted. Idempotent."""
+
+    @abstractmethod
+    async def _tear_down(self) -> None:
+        """The same, and every page is given back. Idempotent."""
+
+    # -- the end
+
+    async def _close(self) -> None:
+        dev = self.dev
+        if dev.state is XenbusState.CLOSED:
+            return
+        await dev.set_state(XenbusState.CLOSING)
+        await self._stop()
+        await dev.set_state(XenbusState.CLOSED)
+
+    async def _closed(self) -> None:
+        """The back end is, or its node is gone: nobody has our pages any more."""
+        if self.dev.state is not XenbusState.INITIALISING:
+            await self._close()
+            await self._tear_down()
+            await self._ask_again()

@@ -15,7 +15,7 @@ from xenbus.bus.operations import Operation, OperatorCall
 from xenbus.drivers.console.consif import KIND, PORT_KEY, PROTOCOL, RING_REF_KEY, ConsoleRing
 from xenbus.drivers.console.link import ConsoleLink
 from xenbus.drivers.console.stream import BUFFER, ConsoleStream
-from xenbus.drivers.halves import FrontEnd
+from xenbus.drivers.halves import QuietFrontEnd
 from xenbus.errors import PeerError, XenbusError
 from xenbus.hypervisor.interface import Channel, GrantedPages
 from xenbus.newbus import NoMatch
@@ -25,7 +25,7 @@ DRAIN_TIMEOUT = 1.0
 
 
 @front_driver(KIND)
-class Xc(FrontEnd):
+class Xc(QuietFrontEnd):
     """Its `stream` is there from the start; what is written waits for the connection."""
 
     name = "xc"
@@ -145,23 +145,11 @@ class Xc(FrontEnd):
             await self._tear_down()
             await self.dev.set_state(XenbusState.INITIALISING)
 
-    async def _closed(self) -> None:
-        """Closed, or its node is gone: nobody has our pages any more."""
-        if self.dev.state is not XenbusState.INITIALISING:
-            await self._close()
-            await self._tear_down()
-            await self._ask_again()
-
     # -- the end
 
-    async def _close(self) -> None:
-        dev = self.dev
-        if dev.state is XenbusState.CLOSED:
-            return
-        await dev.set_state(XenbusState.CLOSING)
+    async def _stop(self) -> None:
         if self._link is not None:
             self._link.hold()
-        await dev.set_state(XenbusState.CLOSED)
 
     async def _drain(self) -> None:
         """Until the back end has read what is on the ring and behind it, or has had its time."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from xenbus.bus import Feature, Merge, Negotiated, XenbusDevice, XenbusState, front_driver
 from xenbus.bus.operations import Operation, OperatorCall
-from xenbus.drivers.halves import FrontEnd
+from xenbus.drivers.halves import QuietFrontEnd
 from xenbus.drivers.net import netif, offers
 from xenbus.drivers.net.cable import Cable
 from xenbus.drivers.net.capture import CapturedPort
@@ -42,7 +42,7 @@ _OWN = (QUEUES, SPLIT, MULTICAST, DYNAMIC)
 
 
 @front_driver("vif")
-class Xn(FrontEnd):
+class Xn(QuietFrontEnd):
     """Its `port` is there from the start; packets cross once both halves are Connected.
 
     The class attributes are what this front makes use of and offers; sg to gso_tcpv6 as in offers.Offer.
@@ -333,22 +333,7 @@ class Xn(FrontEnd):
             await self._tear_down()
             await self.dev.set_state(XenbusState.INITIALISING)
 
-    async def _closed(self) -> None:
-        """Closed, or its node is gone: nobody has our pages any more."""
-        if self.dev.state is not XenbusState.INITIALISING:
-            await self._close()
-            await self._tear_down()
-            await self._ask_again()
-
     # -- the end
-
-    async def _close(self) -> None:
-        dev = self.dev
-        if dev.state is XenbusState.CLOSED:
-            return
-        await dev.set_state(XenbusState.CLOSING)
-        await self._stop()
-        await dev.set_state(XenbusState.CLOSED)
 
     async def _stop(self) -> None:
         """Nothing more goes out or comes in. The pages stay granted. Idempotent."""

@@ -6,7 +6,7 @@ Knows a ring, its port and the guest's pages; knows no packets, no store and no 
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,7 +17,7 @@ from xenbus.hypervisor.interface import Channel
 from xenbus.ring.answers import AnswerRing
 
 
-class GuestRing:
+class GuestRing(ABC):
     """spawn: starts a task of the device
     on_fatal: called once, with what the guest did to its ring; nothing more is read off it
     """
