@@ -162,8 +162,8 @@ def in_a_window(daemon: Daemon) -> None:
         window.see(b"# ")
         window.type(b"answer=$((6 * 7)); echo [$answer]\r")
         window.see(b"[42]\r\n")
-        # While it edits a line the shell takes Ctrl-C for a character.
-        window.type(b"echo [$answer runs]; sleep 1000\r")
+        # The program itself says it: until it is in front, Ctrl-C is a character for the shell.
+        window.type(b"export answer; sh -c 'echo [$answer runs]; exec sleep 1000'\r")
         window.see(b"[42 runs]\r\n")
         window.type(b"\x03")
         window.type(b"echo [$?]\r")
